@@ -1,0 +1,71 @@
+"""The transformers `Cache` whose contents live on the servers of a session."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from transformers import Cache
+
+from swarm.errors import NotSupported
+
+if TYPE_CHECKING:
+    from .inference_session import InferenceSession
+
+
+class RemoteCache(Cache):
+    """What generation asks of a cache, answered for a session.
+
+    `columns` counts the tokens fed so far with padding, as transformers does; the session counts real tokens per row.
+    """
+
+    def __init__(self, session: InferenceSession):
+        super().__init__(layers=[])
+        self.session = session
+        self.columns = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.session.max_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        return self.session.num_rows
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of every row (a negative number, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: how many tokens to remove")
+        self.session.rewind([max(0, length + tokens_to_remove) for length in self.session.lengths])
+        self.columns = max(0, self.columns + tokens_to_remove)
+
+    def reset(self) -> None:
+        self.session.rewind([0] * self.session.num_rows)
+        self.columns = 0
+
+    def activate_past_recording(self) -> None:
+        pass  # servers keep every token until the session ends, so any crop is possible
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError("keys and values live on the servers; no local layer may write to this cache")
+
+    def reorder_cache(self, beam_idx: Any) -> NoReturn:
+        raise NotSupported("beam search does not work over the swarm yet: servers cannot reorder their caches")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        raise NotSupported("repeating the rows of a filled cache does not work over the swarm yet")
+
+    def batch_select_indices(self, indices: Any) -> NoReturn:
+        raise NotSupported("selecting rows of a filled cache does not work over the swarm yet")

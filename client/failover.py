@@ -1,0 +1,237 @@
+"""When a server fails: find others for its blocks, replay what it was sent, go on. The only retry loop of the client.
+
+PETALS (Borzunov et al., NeurIPS'23, section 3.1) keeps the inputs of every stage on the client for this purpose. Only the
+lost part of the chain is rebuilt; servers before and after it keep their caches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swarm.data_structures import BlockSpan
+from swarm.errors import (
+    CacheFull,
+    EngineError,
+    MissingBlocks,
+    NumericsMismatch,
+    PeerError,
+    PeerRefused,
+    ProtocolError,
+    RoutingError,
+    SessionLost,
+    SwarmError,
+)
+from swarm.protocol import RowSlice
+from swarm.routing.chain import Chain, ChainLink
+from swarm.routing.router import Router
+
+from .block_client import BlockClient, OpenSpan
+from .config import ClientConfig
+from .history import History, split_step
+
+logger = logging.getLogger(__name__)
+
+#: A server that fails this way is replaced; the same request may succeed elsewhere.
+SERVER_FAULTS = (PeerError, EngineError, ProtocolError)
+
+
+@dataclass
+class Hop:
+    """One server of a session's chain: its part of the blocks, its open stream, and what it was sent."""
+
+    link: ChainLink
+    span: OpenSpan
+    history: History
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a fail-over did. Times in seconds."""
+
+    lost: ChainLink
+    found: tuple[ChainLink, ...]
+    reason: str
+    replayed_tokens: int
+    time: float
+
+
+class Retries:
+    """How often and how long one step may be tried again."""
+
+    def __init__(self, config: ClientConfig):
+        self._config = config
+        self._started = time.monotonic()
+        self._failures = 0
+        self._delay = config.retry_delay
+
+    async def after(self, error: SwarmError, *, wait: bool) -> None:
+        """Count a failure; sleep before the next try if `wait`. Raises an error like `error` when tries are used up."""
+        self._failures += 1
+        elapsed = time.monotonic() - self._started
+        delay = self._delay if wait else 0.0
+        if self._failures > self._config.max_retries or elapsed + delay > self._config.retry_time:
+            text = f"{error} (gave up after {elapsed:.1f} s and {self._failures} attempts)"
+            if isinstance(error, MissingBlocks):
+                raise MissingBlocks(text, error.blocks) from error
+            if isinstance(error, CacheFull):
+                raise CacheFull(text, error.tokens_left) from error
+            raise (type(error) if isinstance(error, RoutingError) else RoutingError)(text) from error
+        if wait:
+            self._delay = min(2 * self._delay, self._config.max_retry_delay)
+            await asyncio.sleep(delay)
+
+
+class Failover:
+    """Opens chains for one session, and rebuilds their broken parts."""
+
+    def __init__(self, router: Router, client: BlockClient, config: ClientConfig, *, num_rows: int, max_length: int):
+        self._router = router
+        self._client = client
+        self._config = config
+        self._num_rows = num_rows
+        self._max_length = max_length
+        self._warned_of: set[str] = set()
+        self._full: set[str] = set()
+        self.replacements: list[Replacement] = []
+
+    def retries(self) -> Retries:
+        return Retries(self._config)
+
+    async def open_chain(self, span: BlockSpan) -> list[Hop]:
+        """Open a fresh chain through `span`. Missing blocks are an error at once; full servers are waited for."""
+        retries = self.retries()
+        while True:
+            try:
+                return await self._open(span, History(self._num_rows, self._max_length), lengths=(), like=None)
+            except (*SERVER_FAULTS, CacheFull) as error:
+                await retries.after(error, wait=isinstance(error, CacheFull))
+
+    async def replace(
+        self, hops: list[Hop], index: int, error: SwarmError, lengths: Sequence[int], retries: Retries
+    ) -> None:
+        """Put live servers in the place of `hops[index]`, brought to the state that it was in.
+
+        lengths: how many tokens of each row it had processed. Raises RoutingError when `retries` are used up.
+        """
+        lost = hops[index]
+        lost.span.close()
+        if not isinstance(error, SessionLost):  # which says nothing bad about the server: it may open a new one
+            self._router.report_failure(lost.link.peer_id)
+        logger.warning("lost server %s (blocks %s): %s", lost.link.peer_id, lost.link.span, error)
+        await retries.after(error, wait=False)
+        started = time.monotonic()
+        while True:
+            try:
+                found = await self._open(lost.link.span, lost.history, lengths, like=lost.link)
+                break
+            except (*SERVER_FAULTS, CacheFull, RoutingError) as failure:
+                await retries.after(failure, wait=not isinstance(failure, SERVER_FAULTS))
+        self._note(hops, index, found, str(error), lengths, started)
+
+    async def move(self, hops: list[Hop], index: int, lengths: Sequence[int]) -> bool:
+        """Leave a server that is going away, while it still works. False if no other server can take its place yet."""
+        leaving = hops[index]
+        started = time.monotonic()
+        try:
+            found = await self._open(
+                leaving.link.span, leaving.history, lengths, like=leaving.link, exclude={leaving.link.peer_id}
+            )
+        except (*SERVER_FAULTS, CacheFull, RoutingError) as error:
+            logger.warning("cannot leave server %s yet: %s", leaving.link.peer_id, error)
+            return False
+        leaving.span.close()
+        self._note(hops, index, found, "the server is leaving", lengths, started)
+        return True
+
+    def _note(
+        self, hops: list[Hop], index: int, found: list[Hop], reason: str, lengths: Sequence[int], started: float
+    ) -> None:
+        lost = hops[index].link
+        hops[index : index + 1] = found
+        links = tuple(hop.link for hop in found)
+        self.replacements.append(Replacement(lost, links, reason, sum(lengths), time.monotonic() - started))
+
+    async def _open(
+        self,
+        span: BlockSpan,
+        history: History,
+        lengths: Sequence[int],
+        *,
+        like: ChainLink | None,
+        exclude: Collection[str] = (),
+    ) -> list[Hop]:
+        """One attempt: find a chain, open it, replay the history through it. All or nothing."""
+        chain = await self._find_chain(span, like, exclude)
+        if like is not None:
+            self._check_numerics(like, chain)
+        hops: list[Hop] = []
+        try:
+            for link in chain:
+                hop = await self._open_hop(link, history)
+                hops.append(hop)
+                if any(lengths):
+                    output = await self._replay(hop, lengths)
+                    history = History(self._num_rows, self._max_length)
+                    history.write(*output)
+                else:
+                    history = History(self._num_rows, self._max_length)
+        except BaseException:
+            for hop in hops:
+                hop.span.close()
+            raise
+        return hops
+
+    async def _find_chain(self, span: BlockSpan, like: ChainLink | None, exclude: Collection[str]) -> Chain:
+        try:
+            return await self._router.find_chain(
+                span,
+                cache_tokens=self._num_rows * self._max_length,
+                numerics=None if like is None else like.numerics,
+                exclude=self._full.union(exclude),
+            )
+        except RoutingError as error:
+            if not self._full:
+                raise
+            self._full.clear()  # ask them again after a pause: sessions end all the time
+            raise CacheFull(f"no server of blocks {span} has room for the session: {error}") from error
+
+    async def _open_hop(self, link: ChainLink, history: History) -> Hop:
+        try:
+            opened = await self._client.open(link, num_rows=self._num_rows, max_length=self._max_length)
+        except CacheFull as error:  # not a fault: try others first
+            self._full.add(link.peer_id)
+            raise PeerRefused(str(error)) from error
+        except SERVER_FAULTS:
+            self._router.report_failure(link.peer_id)
+            raise
+        self._router.report_success(link.peer_id)
+        return Hop(link, opened, history)
+
+    async def _replay(self, hop: Hop, lengths: Sequence[int]) -> tuple[list[RowSlice], torch.Tensor]:
+        rows, inputs = hop.history.read(lengths)
+        outputs = []
+        try:
+            for part_rows, part in split_step(rows, inputs):
+                outputs.append((await hop.span.step(part_rows, part)).hidden)
+        except SERVER_FAULTS:
+            self._router.report_failure(hop.link.peer_id)
+            hop.span.close()
+            raise
+        return rows, torch.cat(outputs)
+
+    def _check_numerics(self, like: ChainLink, chain: Sequence[ChainLink]) -> None:
+        others = sorted({link.numerics for link in chain} - {like.numerics})
+        if not others:
+            return
+        text = f"blocks {like.span} were computed as {like.numerics}, but only servers with {', '.join(others)} are left"
+        if self._config.strict_numerics:
+            raise NumericsMismatch(f"{text}; strict_numerics forbids to go on with them")
+        if not self._warned_of.issuperset(others):
+            self._warned_of.update(others)
+            logger.warning("%s: tokens may differ from here on", text)

@@ -1,0 +1,1 @@
+"""Who is out there and which chain of servers is fastest."""

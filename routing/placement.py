@@ -1,0 +1,46 @@
+"""Which span of blocks a server should take: a pure decision over the records of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from swarm.data_structures import BlockSpan, ServerState
+from swarm.errors import BadSpan
+
+from .cost import effective_throughput
+
+if TYPE_CHECKING:
+    from swarm.dht import ServerRecord
+
+
+def block_throughputs(num_blocks: int, records: Iterable[ServerRecord]) -> list[float]:
+    """Tokens/s through each block, of all servers together that serve it or are about to (joining ones).
+
+    Spans that lie outside the model are left out, as snapshots leave them out.
+    """
+    holders: list[list[float]] = [[] for _ in range(num_blocks)]
+    for record in records:
+        if record.info.state in (ServerState.ONLINE, ServerState.JOINING) and record.info.span.end <= num_blocks:
+            for block in record.info.span.blocks():
+                holders[block].append(effective_throughput(record.info))
+    # fsum does not depend on the order of the records: all servers see the same ties
+    return [math.fsum(throughputs) for throughputs in holders]
+
+
+def choose_span(num_blocks: int, num_wanted: int, records: Iterable[ServerRecord]) -> BlockSpan:
+    """The span of `num_wanted` blocks where the swarm is weakest; the whole model if it is shorter.
+
+    The window whose block throughputs, sorted, are lexicographically smallest: it holds the worst bottleneck, and
+    as much as possible of the next ones (PETALS, ACL'23, section 3.2). The first such window on ties.
+
+    records: of the other servers (`snapshot.servers` will do); leave out one's own when choosing anew.
+    Raises BadSpan if no block is wanted or the model has none.
+    """
+    if num_blocks < 1 or num_wanted < 1:
+        raise BadSpan(f"cannot choose {num_wanted} of {num_blocks} blocks: both must be at least 1")
+    length = min(num_wanted, num_blocks)
+    throughputs = block_throughputs(num_blocks, records)
+    start = min(range(num_blocks - length + 1), key=lambda start: sorted(throughputs[start : start + length]))
+    return BlockSpan(start=start, end=start + length)

@@ -1,0 +1,100 @@
+"""An immutable picture of the swarm that serves one model: who holds which blocks, and how far away everybody is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from swarm.data_structures import BlockSpan, ServerState
+
+if TYPE_CHECKING:  # the decisions made from a snapshot need no network library
+    from swarm.dht import ServerRecord
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was known about the servers of one model at one moment. Make one with `build`.
+
+    num_blocks: blocks of the whole model.
+    servers: at most one record per peer, in any state, sorted by span and peer id.
+    pings: seconds of round trip from this peer to others, by peer id; `math.inf` for one that does not answer.
+    taken_at: seconds on the clock of whoever built it.
+    """
+
+    num_blocks: int
+    servers: tuple[ServerRecord, ...]
+    pings: Mapping[str, float]
+    taken_at: float
+
+    @classmethod
+    def build(
+        cls, num_blocks: int, records: Iterable[ServerRecord], pings: Mapping[str, float], taken_at: float
+    ) -> Snapshot:
+        """A snapshot of these records, in whatever order they come.
+
+        Of several records of one peer the one that expires last counts. A record whose span lies outside the model
+        is left out: its owner means something else by this model.
+        """
+        latest: dict[str, ServerRecord] = {}
+        for record in records:
+            known = latest.get(record.peer_id)
+            if record.info.span.end <= num_blocks and (known is None or record.expires > known.expires):
+                latest[record.peer_id] = record
+        servers = sorted(latest.values(), key=lambda record: (*_ends(record.info.span), record.peer_id))
+        return cls(num_blocks, tuple(servers), MappingProxyType(dict(pings)), taken_at)
+
+    def get(self, peer_id: str) -> ServerRecord | None:
+        """The record of this peer, in whatever state it is."""
+        return self._by_peer.get(peer_id)
+
+    def serving(self, block: int) -> tuple[ServerRecord, ...]:
+        """The online servers that hold this block; none for a block outside the model."""
+        return self._by_block[block] if 0 <= block < self.num_blocks else ()
+
+    def missing_blocks(self, span: BlockSpan) -> tuple[int, ...]:
+        """The blocks of `span` that no online server holds, in order."""
+        return tuple(block for block in span.blocks() if not self.serving(block))
+
+    @property
+    def numerics_tags(self) -> frozenset[str]:
+        """The numerics tags of the online servers."""
+        return frozenset(record.info.numerics for record in self.servers if record.info.state is ServerState.ONLINE)
+
+    def without(self, peer_ids: Collection[str]) -> Snapshot:
+        """The same picture without these peers."""
+        return replace(self, servers=tuple(record for record in self.servers if record.peer_id not in peer_ids))
+
+    def only(self, peer_ids: Collection[str]) -> Snapshot:
+        """The same picture with no other peers than these."""
+        return replace(self, servers=tuple(record for record in self.servers if record.peer_id in peer_ids))
+
+    @cached_property
+    def _by_peer(self) -> dict[str, ServerRecord]:
+        return {record.peer_id: record for record in self.servers}
+
+    @cached_property
+    def _by_block(self) -> tuple[tuple[ServerRecord, ...], ...]:
+        holders: list[list[ServerRecord]] = [[] for _ in range(self.num_blocks)]
+        for record in self.servers:
+            if record.info.state is ServerState.ONLINE:
+                for block in record.info.span.blocks():
+                    holders[block].append(record)
+        return tuple(map(tuple, holders))
+
+
+def _ends(span: BlockSpan) -> tuple[int, int]:
+    return span.start, span.end
+
+
+def format_blocks(blocks: Iterable[int]) -> str:
+    """Blocks as compact half-open ranges: "10:14, 20:22"."""
+    ranges: list[list[int]] = []
+    for block in sorted(set(blocks)):
+        if ranges and ranges[-1][1] == block:
+            ranges[-1][1] = block + 1
+        else:
+            ranges.append([block, block + 1])
+    return ", ".join(f"{start}:{end}" for start, end in ranges)

@@ -1,0 +1,124 @@
+"""The `swarm` command: a table of subcommands, each imported when it runs and not before.
+
+Errors for users end here: one line on stderr, never a traceback (SWARM_DEBUG=1 shows it).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import typer
+import typer.core
+import typer.main
+
+from swarm import __version__
+from swarm.errors import SwarmError, UsageError
+
+
+class Subcommand(NamedTuple):
+    """Where a subcommand lives: `attribute` of `module` is a function with typer annotations, or a typer.Typer."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+SUBCOMMANDS = {
+    "run-server": Subcommand("swarm.scripts.run_server", "run_server", "Serve a span of a model's blocks."),
+    "run-bootstrap": Subcommand(
+        "swarm.scripts.run_bootstrap", "run_bootstrap", "Run a peer without blocks that others join the swarm through."
+    ),
+    "generate": Subcommand("swarm.scripts.generate", "generate", "Complete a prompt over the swarm."),
+    "chat": Subcommand("swarm.scripts.chat", "chat", "Chat with a model over the swarm."),
+    "health": Subcommand("swarm.scripts.health", "health", "Show models, blocks and servers of a swarm."),
+    "demo": Subcommand(
+        "swarm.scripts.demo", "demo", "Start a swarm on this machine, kill a server, compare every token."
+    ),
+    "bench": Subcommand("swarm.scripts.bench", "app", "Measure against plain transformers on this machine."),
+    "convert": Subcommand("swarm.scripts.convert", "convert", "Turn a GGUF file into a folder that can be served."),
+}
+
+
+def load(name: str) -> Any:
+    """The real command behind a line of the table; importing it may take seconds."""
+    subcommand = SUBCOMMANDS[name]
+    command = getattr(importlib.import_module(subcommand.module), subcommand.attribute)
+    if isinstance(command, typer.Typer):
+        return typer.main.get_group(command)
+    single = typer.Typer(add_completion=False)
+    single.command(name)(command)
+    return typer.main.get_command(single)
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Lists, completes and suggests subcommands by their placeholders; resolving one imports the real thing."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, placeholder, rest = super().resolve_command(ctx, args)
+        return name, placeholder if name is None else load(name), rest
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"petswarm {__version__}")
+        raise typer.Exit
+
+
+def build_app() -> Any:
+    """The `swarm` command with a placeholder for each line of the table."""
+    app = typer.Typer(
+        cls=LazyGroup,
+        help="Run and fine-tune large language models over a swarm of machines.",
+        no_args_is_help=True,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def swarm(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        pass
+
+    def placeholder() -> None:
+        pass
+
+    for name, subcommand in SUBCOMMANDS.items():
+        app.command(name, help=subcommand.help)(placeholder)
+    return typer.main.get_command(app)
+
+
+def report(run: Callable[[], Any]) -> int:
+    """Run a command; an error meant for users becomes one line on stderr. Returns the exit code."""
+    try:
+        run()
+    except SwarmError as error:
+        if os.environ.get("SWARM_DEBUG") == "1":
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run `swarm ARGS...` (default: this process's arguments) and exit."""
+    app = build_app()
+    sys.exit(report(lambda: app.main(args=None if args is None else list(args), prog_name="swarm")))
+
+
+def run_server_main() -> None:
+    """`run-server ARGS...` is `swarm run-server ARGS...`."""
+    main(["run-server", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

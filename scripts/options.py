@@ -1,0 +1,53 @@
+"""What several commands have in common: addresses on the command line, logging, stopping."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+InitialPeers = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Addresses of live peers: `A B`, `A,B` or the option repeated. Any live one suffices.",
+        show_default=False,
+        metavar="ADDR...",
+    ),
+]
+
+_ADDRESS_OPTIONS = ("--initial-peers", "--host-maddrs", "--announce-maddrs")
+_LOOKS_LIKE_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6|dnsaddr|p2p)/")
+
+
+def spread_addresses(args: Sequence[str]) -> list[str]:
+    """Repeat an address option before each of its values: `--initial-peers A B` -> twice the option.
+
+    Only what looks like an address is taken for one more value, so that an argument may follow.
+    """
+    spread: list[str] = []
+    option: str | None = None  # the address option whose values we are in
+    for arg in args:
+        if option is not None and _LOOKS_LIKE_ADDRESS.match(arg):
+            if spread[-1] != option:
+                spread.append(option)
+        elif spread and spread[-1] == option:
+            pass  # its first value, even one that does not look right: that error is for later
+        else:
+            name = arg.split("=", 1)[0]
+            option = name if name in _ADDRESS_OPTIONS else None
+        spread.append(arg)
+    return spread
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Warnings (or, if `verbose`, everything of interest) on stderr, one line each."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )

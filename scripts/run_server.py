@@ -1,0 +1,123 @@
+"""`run-server` = `swarm run-server`: serve a span of a model's blocks until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.errors import UsageError
+
+from .options import InitialPeers, set_up_logging
+
+if TYPE_CHECKING:
+    from swarm.server.config import ServerConfig
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class QuantizationKind(StrEnum):
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+def run_server(
+    model: Annotated[str, typer.Argument(help="A local folder or a hub id.", show_default=False)],
+    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm of one's own.")] = False,
+    initial_peers: InitialPeers = None,
+    blocks: Annotated[str | None, typer.Option(help="Serve blocks A:B (B not included).", metavar="A:B")] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Serve this many blocks, where the swarm needs them most.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[DType, typer.Option(help="Of activations and unquantised weights; auto: as stored.")] = DType.AUTO,
+    quantization: Annotated[QuantizationKind, typer.Option(help="Of the weights, while they load.")] = QuantizationKind.NONE,
+    cache_tokens: Annotated[int, typer.Option(min=1, help="KV cache budget in tokens, all sessions together.")] = 16_384,
+    host_maddrs: Annotated[
+        list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="TCP port to listen on at all interfaces; 0: any free one.")
+    ] = 0,
+    announce_maddrs: Annotated[
+        list[str] | None,
+        typer.Option(help="Addresses for others to use instead.", metavar="ADDR...", show_default=False),
+    ] = None,
+    identity_path: Annotated[
+        Path | None, typer.Option(help="Private key file that keeps the peer id; made if absent.", show_default=False)
+    ] = None,
+    public_name: Annotated[str, typer.Option(help="Shown in the list of servers.", show_default=False)] = "",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the forward pass.", show_default=False)] = None,
+    announce_period: Annotated[float, typer.Option(min=0.5, help="Seconds between announcements.")] = 20.0,
+    session_idle_limit: Annotated[float, typer.Option(min=1, help="Seconds until an idle session is closed.")] = 600.0,
+    drain_time: Annotated[float, typer.Option(min=0.1, help="Seconds that sessions have to move on SIGTERM.")] = 15.0,
+    stop_with_stdin: Annotated[
+        bool, typer.Option("--stop-with-stdin", help="Also stop when standard input closes (for programs that start servers).")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Serve blocks of MODEL. Prints `READY <address>` when it can serve; SIGTERM drains and exits 0."""
+    from .serving import StdinWatch, run_until_stopped
+
+    watch = StdinWatch() if stop_with_stdin else None
+    peers = check_peers(new_swarm, initial_peers)
+    from swarm.addresses import split_addresses
+    from swarm.data_structures import BlockSpan
+    from swarm.server.config import ServerConfig
+
+    if host_maddrs and port:
+        raise UsageError("--port and --host-maddrs exclude each other: write the port into the address")
+    if blocks is not None and num_blocks is not None:
+        raise UsageError("--blocks and --num-blocks exclude each other")
+    set_up_logging(verbose)
+    config = ServerConfig(
+        model=model,
+        revision=revision,
+        initial_peers=peers,
+        blocks=None if blocks is None else BlockSpan.parse(blocks),
+        num_blocks=num_blocks,
+        device=device,
+        dtype=dtype.value,
+        quantization=quantization.value,
+        cache_tokens=cache_tokens,
+        host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
+        announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
+        identity_path=identity_path,
+        public_name=public_name,
+        threads=threads,
+        announce_period=announce_period,
+        session_idle_limit=session_idle_limit,
+        drain_time=drain_time,
+    )
+    run_until_stopped(lambda: _serve(config), watch)
+
+
+def check_peers(new_swarm: bool, initial_peers: list[str] | None) -> tuple[str, ...]:
+    """The peers to join, () for a new swarm. Raises UsageError if the flags say neither or both."""
+    from swarm.addresses import split_addresses
+
+    peers = tuple(split_addresses(initial_peers or []))
+    if new_swarm and peers:
+        raise UsageError("--new-swarm and --initial-peers exclude each other")
+    if not new_swarm and not peers:
+        raise UsageError("say which swarm: --initial-peers ADDR... to join one, or --new-swarm to start one")
+    return peers
+
+
+async def _serve(config: ServerConfig) -> None:
+    from swarm.server.server import Server
+
+    from .serving import serve
+
+    server = Server(config, report=lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
+    await serve(server)

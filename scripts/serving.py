@@ -1,0 +1,87 @@
+"""How long-running peers live as commands: READY on stdout, SIGTERM, Ctrl-C or a closed stdin end them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+#: After the parent is gone, an orderly end may take this many seconds.
+ORPHAN_GRACE = 20.0
+
+
+class Peer(Protocol):
+    """What `serve` runs: a server or a bootstrap node."""
+
+    async def start(self) -> str: ...
+
+    def stop(self) -> None: ...
+
+    async def serve_until_stopped(self) -> None: ...
+
+
+class StdinWatch:
+    """Notices that standard input closed, from the first moment on: the program that started us is gone."""
+
+    def __init__(self) -> None:
+        self._on_close: Callable[[], None] | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, name="stdin", daemon=True).start()
+
+    def on_close(self, action: Callable[[], None]) -> None:
+        """Call `action` (from another thread) when it closes; at once if it did already."""
+        with self._lock:
+            self._on_close = action
+            closed = self._closed
+        if closed:
+            action()
+
+    def _watch(self) -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        timer = threading.Timer(ORPHAN_GRACE, os._exit, args=(1,))
+        timer.daemon = True
+        timer.start()
+        with self._lock:
+            self._closed = True
+            action = self._on_close
+        if action is not None:
+            action()
+
+
+def run_until_stopped(make: Callable[[], Coroutine[Any, Any, None]], watch: StdinWatch | None) -> None:
+    """Run a peer's coroutine on a fresh event loop; signals and `watch` cancel it."""
+    import uvloop
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(make())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, task.cancel)
+        if watch is not None:
+            watch.on_close(lambda: loop.call_soon_threadsafe(task.cancel))
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    uvloop.run(main())
+
+
+async def serve(peer: Peer) -> None:
+    """Start a peer, say READY, serve. Being cancelled is how it is told to stop: it then ends in order."""
+    address = await peer.start()
+    print(f"READY {address}", flush=True)
+    serving = asyncio.ensure_future(peer.serve_until_stopped())
+    try:
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        print("stopping ...", file=sys.stderr, flush=True)
+        peer.stop()
+        # A second signal ends the drain.
+        await serving

@@ -1,0 +1,1 @@
+"""One span of blocks on one device: engine, KV cache, handlers. Never imports client code."""

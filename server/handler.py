@@ -1,0 +1,225 @@
+"""Check a request, hand it to the engine, reply. One stream carries one session; its end ends the session."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import torch
+from hivemind.p2p import P2P, P2PContext
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto import runtime_pb2
+
+from swarm.data_structures import BlockSpan, ServerInfo
+from swarm.errors import (
+    BadSpan,
+    CacheFull,
+    EngineError,
+    NotSupported,
+    PeerRefused,
+    PeerUnreachable,
+    ProtocolError,
+    SessionLost,
+    SwarmError,
+    to_wire,
+)
+from swarm.protocol import (
+    INFERENCE_STREAM,
+    BlockProtocol,
+    CloseSession,
+    ErrorReply,
+    Message,
+    Moving,
+    OpenSession,
+    SessionOpened,
+    StepRequest,
+    StepResult,
+)
+from swarm.rpc import FrameStream
+from swarm.tensors import from_bytes, to_bytes
+
+from .engine import Engine, StepTask
+from .sessions import Session, SessionTable
+
+logger = logging.getLogger(__name__)
+
+
+class Handler:
+    """Serves the streams and questions of all peers, on the node's event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sessions: SessionTable,
+        *,
+        fingerprint: str,
+        info: Callable[[], ServerInfo],
+        idle_limit: float,
+        step_timeout: float,
+    ):
+        self.engine = engine
+        self.sessions = sessions
+        self._fingerprint = fingerprint
+        self._info = info
+        self.idle_limit = idle_limit
+        self.step_timeout = step_timeout
+        self._streams: set[_SessionStream] = set()
+        self.draining = False
+
+    async def register(self, p2p: P2P) -> None:
+        await BlockProtocol().add_p2p_handlers(p2p, wrapper=self)
+        await p2p.add_binary_stream_handler(INFERENCE_STREAM, self._serve)
+
+    async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
+        return runtime_pb2.ExpertInfo(serialized_info=self._info().model_dump_json().encode())
+
+    async def drain(self, timeout: float) -> None:
+        """Take no more sessions, tell the running ones to move, and wait until they did, `timeout` seconds at most."""
+        self.draining = True
+        for stream in list(self._streams):
+            await stream.tell_moving()
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self._streams and asyncio.get_running_loop().time() < deadline:
+            await asyncio.wait({stream.task for stream in self._streams}, timeout=0.1)
+        for stream in list(self._streams):
+            stream.task.cancel()
+
+    def open_session(self, request: OpenSession, peer_id: str) -> Session:
+        if self.draining:
+            raise PeerRefused("this server is leaving and takes no new sessions")
+        if request.fingerprint != self._fingerprint:
+            raise PeerRefused(
+                f"this server serves weights {self._fingerprint[:12]}, not the requested {request.fingerprint[:12]}"
+            )
+        blocks: BlockSpan = self.engine.span.blocks
+        if not blocks.covers(request.span):
+            raise BadSpan(f"this server holds blocks {blocks}, not all of the requested {request.span}")
+        if any(adapter is not None for adapter in request.adapters):
+            raise NotSupported("this server holds no adapters")
+        return self.sessions.open(request, peer_id)
+
+    async def _serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream = _SessionStream(self, FrameStream(reader, writer), str(info.peer_id))
+        self._streams.add(stream)
+        try:
+            await stream.run()
+        finally:
+            self._streams.discard(stream)
+
+
+class _SessionStream:
+    """One peer's stream. Requests are read while a step runs, so that the stream's end is noticed at once."""
+
+    def __init__(self, handler: Handler, stream: FrameStream, peer_id: str):
+        self._handler = handler
+        self._stream = stream
+        self._peer_id = peer_id
+        self._session: Session | None = None
+        self._reply: asyncio.Task[None] | None = None
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a stream is served by a task")
+        self.task: asyncio.Task[object] = task
+
+    async def run(self) -> None:
+        try:
+            while True:
+                message, payload = await self._next_message()
+                if isinstance(message, CloseSession):
+                    self._handler.sessions.get(message.session_id, self._peer_id)
+                    return
+                await self._dispatch(message, payload)
+        except PeerUnreachable:
+            pass  # the usual end of a session
+        except SwarmError as error:  # after which the stream cannot be understood any more
+            await self._refuse(error)
+        except asyncio.CancelledError:  # the server stops
+            pass
+        finally:
+            if self._reply is not None:
+                self._reply.cancel()
+            if self._session is not None:
+                self._handler.sessions.close(self._session)
+            self._stream.close()
+
+    async def _next_message(self) -> tuple[Message, bytes]:
+        while True:
+            try:
+                async with asyncio.timeout(self._handler.idle_limit):
+                    return await self._stream.receive()
+            except TimeoutError:
+                if self._reply is None or self._reply.done():
+                    raise SessionLost(f"no step for {self._handler.idle_limit:g} s: the session is closed") from None
+
+    async def _dispatch(self, message: Message, payload: bytes) -> None:
+        if self._reply is not None and not self._reply.done():
+            raise ProtocolError("a request arrived before the one before it was answered")
+        try:
+            if isinstance(message, OpenSession):
+                await self._open(message)
+            elif isinstance(message, StepRequest):
+                session = self._handler.sessions.get(message.session_id, self._peer_id)
+                if session is not self._session:
+                    raise PeerRefused(f"session {message.session_id} was opened on another stream")
+                task = self._check(session, message, payload)
+                self._reply = asyncio.create_task(self._answer(message.step, task))
+            else:
+                raise ProtocolError(f"a server takes no {type(message).__name__} messages")
+        except PeerUnreachable:
+            raise
+        except SwarmError as error:  # the request was bad, the session is as it was
+            await self._refuse(error)
+
+    async def _open(self, request: OpenSession) -> None:
+        if self._session is not None:
+            raise ProtocolError("a stream carries one session, and this one has its own already")
+        self._session = self._handler.open_session(request, self._peer_id)
+        left = self._handler.engine.cache.tokens_left
+        await self._stream.send(SessionOpened(session_id=request.session_id, cache_tokens_left=left))
+
+    def _check(self, session: Session, request: StepRequest, payload: bytes) -> StepTask:
+        span = self._handler.engine.span
+        rows = session.check_step(request, span.hidden_size)
+        hidden = from_bytes(request.hidden, payload)
+        if not torch.isfinite(hidden).all():
+            raise ProtocolError("the hidden states hold NaN or infinity")
+        start, end = span.local(session.span)
+        return StepTask(hidden, rows, start, end)
+
+    async def _answer(self, step: int, task: StepTask) -> None:
+        future = self._handler.engine.submit(task)
+        try:
+            output = await asyncio.wait_for(asyncio.wrap_future(future), self._handler.step_timeout)
+            meta, payload = to_bytes(output.hidden)
+            result = StepResult(
+                step=step,
+                hidden=meta,
+                queue_time=output.queue_time,
+                compute_time=output.compute_time,
+                moving=self._handler.draining,
+            )
+            await self._stream.send(result, payload)
+        except TimeoutError:
+            await self._refuse(EngineError(f"the step did not finish within {self._handler.step_timeout:g} s"))
+        except PeerUnreachable:
+            pass  # the reader sees the end of the stream too
+        except SwarmError as error:
+            await self._refuse(error)
+        finally:
+            future.cancel()
+
+    async def tell_moving(self) -> None:
+        try:
+            await self._stream.send(Moving())
+        except PeerUnreachable:
+            pass
+
+    async def _refuse(self, error: SwarmError) -> None:
+        name, text = to_wire(error)
+        logger.info("refused a request of %s: %s: %s", self._peer_id, name, text)
+        tokens_left = error.tokens_left if isinstance(error, CacheFull) else None
+        try:
+            await self._stream.send(ErrorReply(error=name, message=text[:2000], tokens_left=tokens_left))
+        except PeerUnreachable:
+            pass

@@ -1,0 +1,156 @@
+"""The paged KV cache of one span: who may store how many tokens, and where.
+
+Pages hold `page_size` tokens of every layer of the span. A session reserves pages for its declared `max_length` when it
+is admitted and takes them one by one as it grows, so an admitted session never runs out (vLLM's PagedAttention,
+Kwon et al., SOSP'23, with reservation instead of preemption).
+
+Memory is touched only when tokens are written: an idle cache costs address space, not RAM.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import torch
+
+from swarm.errors import CacheFull, SessionTooLong
+
+
+class RowCache:
+    """One row's share of the cache: `length` tokens in `pages`, at most `max_length`. Owned by `KVCache`."""
+
+    __slots__ = ("length", "max_length", "pages", "released")
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+        self.pages: list[int] = []
+        self.released = False
+
+
+class KVCache:
+    """Pages for `num_pages * page_size` tokens. Thread-safe: rows come and go while the engine works."""
+
+    def __init__(self, num_layers: int, cache_tokens: int, page_size: int, device: torch.device, dtype: torch.dtype):
+        self.page_size = page_size
+        self.num_pages = max(1, cache_tokens // page_size)
+        self._device, self._dtype = device, dtype
+        self._keys: list[torch.Tensor | None] = [None] * num_layers
+        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self._free = [True] * self.num_pages
+        self._reserved_pages = 0
+        self._lock = threading.Lock()
+
+    # --- admission -----------------------------------------------------------------------------------------------
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that a new single-row session could still reserve."""
+        with self._lock:
+            return (self.num_pages - self._reserved_pages) * self.page_size
+
+    def admit(self, num_rows: int, max_length: int) -> list[RowCache]:
+        """Reserve `max_length` tokens for each row. Raises CacheFull with what is left."""
+        wanted = num_rows * self._pages_for(max_length)
+        with self._lock:
+            left = self.num_pages - self._reserved_pages
+            if wanted > left:
+                raise CacheFull(
+                    f"the cache has room for {left * self.page_size} more tokens, but the session wants "
+                    f"{num_rows} x {max_length} (in pages of {self.page_size}); "
+                    "declare a smaller max_length or use another server",
+                    tokens_left=left * self.page_size,
+                )
+            self._reserved_pages += wanted
+        return [RowCache(max_length) for _ in range(num_rows)]
+
+    def release(self, rows: Iterable[RowCache]) -> None:
+        """Give back pages and reservation. Releasing twice does no harm."""
+        with self._lock:
+            for row in rows:
+                if row.released:
+                    continue
+                row.released = True
+                self._reserved_pages -= self._pages_for(row.max_length)
+                self._give_back(row, 0)
+
+    # --- growth --------------------------------------------------------------------------------------------------
+
+    def grow(self, row: RowCache, length: int) -> bool:
+        """Take the pages that `length` tokens need. False if the row was released meanwhile."""
+        if length > row.max_length:
+            raise SessionTooLong(f"{length} tokens are more than the session's max_length of {row.max_length}")
+        with self._lock:
+            if row.released:
+                return False
+            while len(row.pages) < self._pages_for(length):
+                page = self._choose_page(row)
+                self._free[page] = False
+                row.pages.append(page)
+        return True
+
+    def truncate(self, row: RowCache, length: int) -> None:
+        """Forget all tokens from `length` on."""
+        with self._lock:
+            row.length = min(row.length, length)
+            self._give_back(row, self._pages_for(row.length))
+
+    def _give_back(self, row: RowCache, keep: int) -> None:
+        for page in row.pages[keep:]:
+            self._free[page] = True
+        del row.pages[keep:]
+
+    def _choose_page(self, row: RowCache) -> int:
+        """A free page, such that rows stay contiguous: attention reads a contiguous row without copying it."""
+        if row.pages:
+            following = row.pages[-1] + 1
+            if following < self.num_pages and self._free[following]:
+                return following
+        start, size = self._longest_free_run()
+        # A new row starts in the middle of the longest run, where both it and the row before it can grow.
+        return start if start == 0 else start + size // 2
+
+    def _longest_free_run(self) -> tuple[int, int]:
+        best_start, best_size, start = 0, 0, None
+        for page, free in enumerate([*self._free, False]):
+            if free and start is None:
+                start = page
+            elif not free and start is not None:
+                if page - start > best_size:
+                    best_start, best_size = start, page - start
+                start = None
+        if best_size == 0:
+            raise RuntimeError("no free page although reservations fit: the page accounting is broken")
+        return best_start, best_size
+
+    # --- contents ------------------------------------------------------------------------------------------------
+
+    def slots(self, row: RowCache, start: int, end: int) -> torch.Tensor:
+        """Where tokens [start, end) of the row are stored: int64 [end - start]."""
+        positions = torch.arange(start, end, dtype=torch.int64)
+        if self.is_contiguous(row):
+            return positions + row.pages[0] * self.page_size
+        pages = torch.tensor(row.pages, dtype=torch.int64)
+        return pages[positions // self.page_size] * self.page_size + positions % self.page_size
+
+    @staticmethod
+    def is_contiguous(row: RowCache) -> bool:
+        pages = row.pages
+        return pages[-1] - pages[0] == len(pages) - 1 and all(b - a == 1 for a, b in zip(pages, pages[1:], strict=False))
+
+    def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, each [slots, kv_heads, head_dim]; made when the layer's first tokens arrive.
+
+        key, value: [tokens, kv_heads, head_dim], examples of what will be stored (models differ by layer).
+        """
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            slots = self.num_pages * self.page_size
+            keys = torch.empty(slots, *key.shape[1:], device=self._device, dtype=self._dtype)
+            values = torch.empty(slots, *value.shape[1:], device=self._device, dtype=self._dtype)
+            self._keys[layer], self._values[layer] = keys, values
+        return keys, values

@@ -1,0 +1,72 @@
+"""The blocks of one span, loaded by transformers itself into the model's own class."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import contextmanager
+from collections.abc import Iterator
+
+import torch
+
+from swarm.architectures import architecture_of, check_span, num_blocks, span_config, span_tensors
+from swarm.checkpoint import Checkpoint
+from swarm.data_structures import BlockSpan
+
+from .attention import use_paged_attention
+from .config import Quantization
+from .quantization import quantization_config
+from .span import Span
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    *,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    device: torch.device,
+) -> Span:
+    """Load blocks [start, end). Unquantised weights stay memory-mapped where file and server agree on the dtype.
+
+    Raises BadSpan if the span lies outside the model, NotSupported for a model family that cannot be split.
+    """
+    config = checkpoint.config
+    check_span(span, num_blocks(config), checkpoint.name)
+    architecture = architecture_of(config)
+    names = span_tensors(architecture, checkpoint.tensor_names(), span)
+    tensors = checkpoint.read(names)
+    state_dict = {names[name]: tensor for name, tensor in tensors.items()}
+    quantized = quantization_config(quantization, dtype)
+    with _quiet_loading():
+        model = architecture.base_class.from_pretrained(
+            None,
+            config=span_config(config, span),
+            state_dict=state_dict,
+            dtype=dtype,
+            device_map=None if quantized is None and device.type == "cpu" else str(device),
+            **({} if quantized is None else {"quantization_config": quantized}),
+        )
+    setattr(model, architecture.norm, torch.nn.Identity())
+    use_paged_attention(model)
+    model.eval().requires_grad_(False)
+    return Span(model, architecture, span, device=device, dtype=dtype)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hide the loader's report: it finds the embeddings and final norm missing, which a span does not have."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    # bitsandbytes says once per layer that int8 multiplies in float16
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()

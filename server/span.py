@@ -1,0 +1,79 @@
+"""The blocks of one span, run through the model's own forward pass.
+
+The model is the Hugging Face class with its block list cut to the span, no embeddings and no final norm. It is called
+with `inputs_embeds` of shape [1, tokens, hidden_size]: the flattened batch.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from swarm.architectures import Architecture, span_config
+from swarm.data_structures import BlockSpan
+
+from .batch import FlatBatch, RowChunk
+from .kv_cache import KVCache
+
+
+class Span:
+    """Blocks [blocks.start, blocks.end) of a model on one device."""
+
+    def __init__(
+        self, model: nn.Module, architecture: Architecture, blocks: BlockSpan, *, device: torch.device, dtype: torch.dtype
+    ):
+        self.blocks = blocks
+        self.device = device
+        self.dtype = dtype
+        self.hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[operator,union-attr]
+        self._model = model
+        self._architecture = architecture
+        self._slices: dict[tuple[int, int], nn.Module] = {(0, len(blocks)): model}
+
+    def local(self, span: BlockSpan) -> tuple[int, int]:
+        """A sub-span of the model's blocks as indices into this span's blocks."""
+        return span.start - self.blocks.start, span.end - self.blocks.start
+
+    @torch.inference_mode()
+    def forward(self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache) -> torch.Tensor:
+        """Run every chunk through its own blocks; [tokens, hidden_size] -> the same shape, both in the span's dtype.
+
+        The batch is cut at every block boundary in use, so rows that enter or leave in between share all blocks that
+        they have in common.
+        """
+        boundaries = sorted({chunk.start for chunk in chunks} | {chunk.end for chunk in chunks})
+        if len(boundaries) == 2:
+            return self._run_segment(hidden, chunks, cache, *boundaries)
+        firsts = [0]
+        for chunk in chunks:
+            firsts.append(firsts[-1] + chunk.num_tokens)
+        hidden = hidden.clone()
+        for start, end in zip(boundaries, boundaries[1:], strict=False):
+            active = [index for index, chunk in enumerate(chunks) if chunk.start <= start and end <= chunk.end]
+            if not active:
+                continue
+            tokens = torch.cat([torch.arange(firsts[index], firsts[index + 1]) for index in active]).to(hidden.device)
+            hidden[tokens] = self._run_segment(hidden[tokens], [chunks[i] for i in active], cache, start, end)
+        return hidden
+
+    def _run_segment(
+        self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache, start: int, end: int
+    ) -> torch.Tensor:
+        batch = FlatBatch(chunks, cache, self.device)
+        output = self._slice(start, end)(
+            inputs_embeds=hidden[None], position_ids=batch.position_ids, use_cache=False, flat_batch=batch
+        )
+        return output.last_hidden_state[0]
+
+    def _slice(self, start: int, end: int) -> nn.Module:
+        """The model with only blocks [start, end) of the span; shares all weights."""
+        if (start, end) not in self._slices:
+            model = copy.copy(self._model)
+            model._modules = dict(self._model._modules)
+            blocks = getattr(self._model, self._architecture.blocks)
+            setattr(model, self._architecture.blocks, nn.ModuleList(list(blocks)[start:end]))
+            model.config = span_config(self._model.config, BlockSpan(start=start, end=end))
+            self._slices[start, end] = model
+        return self._slices[start, end]

@@ -1,0 +1,132 @@
+"""What peers say about themselves: small frozen values, validated on entry.
+
+These are the contents of DHT records, so everything here may come from a stranger: every field has bounds.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .errors import BadSpan
+
+#: Peers whose records carry another number do not mix with ours.
+PROTOCOL_VERSION = 1
+
+MAX_BLOCKS = 4096
+
+
+class Frozen(BaseModel):
+    """A value that never changes; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlockSpan(Frozen):
+    """Blocks [start, end) of a model, start < end."""
+
+    start: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+    end: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> BlockSpan:
+        if self.start >= self.end:
+            raise ValueError(f"blocks {self.start}:{self.end} are empty: the end must be greater than the start")
+        return self
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __contains__(self, block: int) -> bool:
+        return self.start <= block < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+    def blocks(self) -> range:
+        return range(self.start, self.end)
+
+    def covers(self, other: BlockSpan) -> bool:
+        return self.start <= other.start and other.end <= self.end
+
+    @classmethod
+    def parse(cls, text: str) -> BlockSpan:
+        """Read "A:B". Raises BadSpan with the reason."""
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        if match is None:
+            raise BadSpan(f"cannot read blocks {text!r}: write START:END, for example 0:10 (END is not included)")
+        start, end = int(match[1]), int(match[2])
+        if start >= end:
+            raise BadSpan(f"blocks {text.strip()} are empty: END must be greater than START")
+        if end > MAX_BLOCKS:
+            raise BadSpan(f"blocks {text.strip()} lie outside every model: at most {MAX_BLOCKS} blocks are possible")
+        return cls(start=start, end=end)
+
+
+class ServerState(StrEnum):
+    JOINING = "joining"  # loads its weights; announced so that others choose different spans
+    ONLINE = "online"
+    DRAINING = "draining"  # serves its sessions to their end, or to its drain limit, and takes no new ones
+    OFFLINE = "offline"
+
+
+#: How a server computes: equal tags give equal tokens after a fail-over (in float32).
+NumericsTag = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\x21-\x7e]+$")]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PeerName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9]+$")]
+
+
+def _printable(text: str) -> str:
+    """Drop control characters: these strings reach terminals and web pages."""
+    return "".join(char for char in text if char.isprintable())
+
+
+class ServerInfo(Frozen):
+    """What one server announces about itself under the prefix of its model.
+
+    throughput: tokens/s of single-row decoding through the whole span, measured at start.
+    cache_tokens_left: how many tokens of new sessions it can still admit.
+    next_pings: seconds of round trip to servers that hold the block after this span, by peer id.
+    """
+
+    protocol_version: Annotated[int, Field(ge=0)] = PROTOCOL_VERSION
+    state: ServerState
+    span: BlockSpan
+    throughput: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+    numerics: NumericsTag
+    cache_tokens_left: Annotated[int, Field(ge=0, le=2**40)]
+    public_name: Annotated[str, Field(max_length=64)] = ""
+    software: Annotated[str, Field(max_length=32)] = ""
+    next_pings: Annotated[dict[PeerName, Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]], Field(max_length=64)] = {}
+
+    @field_validator("public_name", "software")
+    @classmethod
+    def _clean(cls, text: str) -> str:
+        return _printable(text)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_first(cls, data: Any) -> Any:
+        """Another protocol version may have other fields: say that, rather than which field is odd."""
+        if isinstance(data, dict) and data.get("protocol_version", PROTOCOL_VERSION) != PROTOCOL_VERSION:
+            raise ValueError(
+                f"protocol version {str(data.get('protocol_version'))[:20]} does not mix with ours ({PROTOCOL_VERSION})"
+            )
+        return data
+
+
+class ModelInfo(Frozen):
+    """What one server announces about the model it serves, so that others can list the models of a swarm."""
+
+    protocol_version: Annotated[int, Field(ge=0)] = PROTOCOL_VERSION
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    fingerprint: Fingerprint
+    num_blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+
+    @field_validator("name")
+    @classmethod
+    def _clean(cls, text: str) -> str:
+        return _printable(text)

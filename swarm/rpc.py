@@ -1,0 +1,123 @@
+"""Streams of frames between peers, time-outs, and the one place where foreign errors become ours.
+
+A frame is: header length (uint32), payload length (uint32), header, payload, lengths in big-endian order. The header is
+a packed message, the payload its tensor. Both are capped before a byte of them is read: hivemind's own protobuf streams
+have no cap and cannot tell a dead peer from a slow one, so steps travel on raw binary streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailure
+from hivemind.proto import runtime_pb2
+from pydantic import ValidationError
+
+from .data_structures import ServerInfo
+from .errors import MessageTooLarge, PeerRefused, PeerTimeout, PeerUnreachable, ProtocolError
+from .protocol import (
+    INFERENCE_STREAM,
+    MAX_HEADER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    BlockProtocol,
+    Message,
+    explain,
+    pack,
+    unpack,
+)
+
+_LENGTHS = struct.Struct(">II")
+
+
+class FrameStream:
+    """Messages over one binary stream. Not for concurrent senders or receivers."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, message: Message, payload: bytes | memoryview = b"") -> None:
+        """Write one frame. Raises MessageTooLarge before anything is sent, PeerUnreachable if the stream is broken."""
+        size = len(payload)
+        if size > MAX_PAYLOAD_BYTES:
+            raise MessageTooLarge(f"a tensor of {size} bytes is over the limit of {MAX_PAYLOAD_BYTES} per message")
+        header = pack(message)
+        try:
+            self._writer.write(_LENGTHS.pack(len(header), size) + header)
+            if size:
+                self._writer.write(payload)
+            await self._writer.drain()
+        except (ConnectionError, RuntimeError, OSError) as error:
+            raise PeerUnreachable(f"the connection broke: {error}") from error
+
+    async def receive(self) -> tuple[Message, bytes]:
+        """Read one frame.
+
+        Raises PeerUnreachable at the stream's end, MessageTooLarge for a frame over the limits (of which nothing was
+        read: the stream is of no use afterwards), ProtocolError for a header that is no message.
+        """
+        try:
+            header_size, payload_size = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
+            if header_size > MAX_HEADER_BYTES or payload_size > MAX_PAYLOAD_BYTES:
+                raise MessageTooLarge(
+                    f"a message of {header_size} + {payload_size} bytes is over the limit of "
+                    f"{MAX_HEADER_BYTES} + {MAX_PAYLOAD_BYTES}"
+                )
+            header = await self._reader.readexactly(header_size)
+            payload = await self._reader.readexactly(payload_size) if payload_size else b""
+        except (asyncio.IncompleteReadError, ConnectionError, OSError) as error:
+            raise PeerUnreachable("the other side closed the connection") from error
+        return unpack(header), payload
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # a stream that cannot be closed is closed
+            self._writer.close()
+
+
+@contextmanager
+def _translated(peer_id: str, action: str, timeout: float) -> Iterator[None]:
+    """hivemind's and asyncio's errors, as ours."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise PeerTimeout(f"server {peer_id} did not {action} within {timeout:g} s") from error
+    except P2PHandlerError as error:
+        raise PeerRefused(f"server {peer_id} could not {action}: {error}") from error
+    except (ControlFailure, DispatchFailure, P2PDaemonError, ConnectionError, OSError, asyncio.IncompleteReadError) as error:
+        raise PeerUnreachable(f"server {peer_id} cannot be reached: {error}") from error
+
+
+async def open_stream(p2p: P2P, peer_id: str, timeout: float) -> FrameStream:
+    """Open an inference stream to a server. An open stream does not prove that the server lives: only a reply does.
+
+    Raises PeerUnreachable or PeerTimeout.
+    """
+    with _translated(peer_id, "accept a connection", timeout):
+        _, reader, writer = await asyncio.wait_for(
+            p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), INFERENCE_STREAM), timeout
+        )
+    return FrameStream(reader, writer)
+
+
+async def server_info(p2p: P2P, peer_id: str, timeout: float) -> ServerInfo:
+    """What a server says about itself right now. Raises PeerError, or ProtocolError for an answer that is no info."""
+    stub = BlockProtocol.get_stub(p2p, PeerID.from_base58(peer_id))
+    with _translated(peer_id, "answer", timeout):
+        response = await stub.rpc_info(runtime_pb2.ExpertUID(), timeout=timeout)
+    try:
+        return ServerInfo.model_validate_json(response.serialized_info)
+    except ValidationError as error:
+        raise ProtocolError(f"server {peer_id} sent a bad description of itself: {explain(error)}") from error
+
+
+async def ping(p2p: P2P, peer_id: str, timeout: float) -> float:
+    """Seconds of one round trip to a server. Raises PeerError."""
+    started = time.perf_counter()
+    await server_info(p2p, peer_id, timeout)
+    return time.perf_counter() - started

@@ -1,0 +1,48 @@
+"""The models that tests run on: folders that plain transformers can read too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 8 blocks: hidden 64, 4 heads, 2 key-value heads, 256 tokens, float32, never ends a text.
+
+    Its weights are large enough for greedy outputs of some 50 distinct tokens in 64 (the library's default range gives
+    one token over and over, which hides errors of position and cache). The best logit leads by 1e-3 or more.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=256,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The real SmolLM2-135M-Instruct in float32, from the package that ships it; converted once and cached."""
+    from swarm.scripts.models import demo_model_folder
+
+    return demo_model_folder()

@@ -1,0 +1,107 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.data_structures import BlockSpan, ServerInfo, ServerState
+from swarm.dht import ServerRecord
+from swarm.errors import BadSpan
+from swarm.routing.placement import block_throughputs, choose_span
+from swarm.routing.snapshot import Snapshot
+
+
+def record(peer_id, start, end, throughput=10.0, state=ServerState.ONLINE):
+    info = ServerInfo(
+        state=state,
+        span=BlockSpan(start=start, end=end),
+        throughput=throughput,
+        numerics="fp32",
+        cache_tokens_left=1000,
+    )
+    return ServerRecord(peer_id=peer_id, info=info, expires=100.0)
+
+
+@st.composite
+def swarms(draw):
+    num_blocks = draw(st.integers(1, 40))
+    records = []
+    for i in range(draw(st.integers(0, 12))):
+        start = draw(st.integers(0, num_blocks - 1))
+        end = draw(st.integers(start + 1, num_blocks))
+        throughput = draw(st.sampled_from([0.0, 0.1, 0.3, 7.0, 20.0]))
+        records.append(record(f"P{i}", start, end, throughput, draw(st.sampled_from(list(ServerState)))))
+    return num_blocks, records
+
+
+@settings(deadline=None)
+@given(swarms(), st.integers(1, 50), st.randoms(use_true_random=False))
+def test_a_window_of_the_wanted_length_where_the_swarm_is_weakest(swarm, num_wanted, rng):
+    num_blocks, records = swarm
+    span = choose_span(num_blocks, num_wanted, records)
+    assert 0 <= span.start < span.end <= num_blocks
+    assert len(span) == min(num_wanted, num_blocks)
+    throughputs = block_throughputs(num_blocks, records)
+    if 0 in throughputs:
+        assert 0 in throughputs[span.start : span.end]
+    for start in range(num_blocks - len(span) + 1):
+        other = sorted(throughputs[start : start + len(span)])
+        chosen = sorted(throughputs[span.start : span.end])
+        assert chosen < other or (chosen == other and span.start <= start)
+    shuffled = list(records)
+    rng.shuffle(shuffled)
+    assert choose_span(num_blocks, num_wanted, shuffled) == span
+
+
+@settings(deadline=None)
+@given(swarms())
+def test_a_block_is_uncovered_exactly_if_nobody_holds_it_or_loads_it(swarm):
+    num_blocks, records = swarm
+    counted = [one for one in records if one.info.state in (ServerState.ONLINE, ServerState.JOINING)]
+    held = {block for one in counted for block in one.info.span.blocks()}
+    assert {block for block, rate in enumerate(block_throughputs(num_blocks, records)) if rate > 0} == held
+
+
+def test_servers_that_join_one_after_the_other_cover_the_model():
+    records = []
+    for i in range(4):
+        records.append(record(f"P{i}", *span_ends(choose_span(30, 8, records)), state=ServerState.JOINING))
+    assert not Snapshot.build(30, [online(one) for one in records], {}, 0.0).missing_blocks(BlockSpan(start=0, end=30))
+
+
+def span_ends(span):
+    return span.start, span.end
+
+
+def online(one):
+    return record(one.peer_id, *span_ends(one.info.span))
+
+
+def test_the_weakest_part_is_strengthened_and_the_first_window_wins():
+    records = [record("A", 0, 4, 20.0), record("B", 4, 8, 5.0), record("C", 8, 12, 5.0)]
+    assert choose_span(12, 4, records) == BlockSpan(start=4, end=8)
+    assert choose_span(12, 8, records) == BlockSpan(start=4, end=12)
+    assert choose_span(12, 99, records) == BlockSpan(start=0, end=12)
+
+
+def test_servers_that_leave_do_not_count():
+    records = [record("A", 0, 4), record("B", 4, 8, state=ServerState.DRAINING)]
+    assert choose_span(8, 4, records) == BlockSpan(start=4, end=8)
+
+
+def test_a_stranger_with_a_span_outside_the_model_changes_nothing():
+    assert choose_span(8, 4, [record("A", 0, 4), record("liar", 2, 100)]) == BlockSpan(start=4, end=8)
+
+
+def test_equal_sums_in_another_order_are_ties():
+    records = [record("A", 0, 2, 0.1), record("B", 0, 2, 0.2), record("C", 0, 2, 0.3)]
+    records += [record("D", 2, 4, 0.3), record("E", 2, 4, 0.2), record("F", 2, 4, 0.1)]
+    for seed in range(10):
+        random.Random(seed).shuffle(records)
+        assert choose_span(4, 2, records) == BlockSpan(start=0, end=2)
+
+
+@pytest.mark.parametrize(("num_blocks", "num_wanted"), [(0, 1), (5, 0), (5, -1)])
+def test_nothing_to_choose(num_blocks, num_wanted):
+    with pytest.raises(BadSpan, match="at least 1"):
+        choose_span(num_blocks, num_wanted, [])

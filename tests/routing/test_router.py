@@ -1,0 +1,362 @@
+import asyncio
+import random
+from collections import Counter
+
+import pytest
+
+from swarm.client.config import ClientConfig
+from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.dht import ServerRecord
+from swarm.errors import BadSpan, CacheFull, MissingBlocks, ModelNotServed, NetworkError, PeerTimeout
+from swarm.routing.router import MAX_PINGS, Router, RouterConfig
+
+FINGERPRINT = "a" * 64
+
+
+def record(peer_id, start, end, *, cache=1000, state=ServerState.ONLINE, numerics="fp32", throughput=10.0):
+    info = ServerInfo(
+        state=state,
+        span=BlockSpan(start=start, end=end),
+        throughput=throughput,
+        numerics=numerics,
+        cache_tokens_left=cache,
+    )
+    return ServerRecord(peer_id=peer_id, info=info, expires=100.0)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class FakeDirectory:
+    def __init__(self, records=(), models=()):
+        self.records = list(records)
+        self.listed = list(models)
+        self.reads = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.error = None
+
+    async def servers(self, fingerprint):
+        assert fingerprint == FINGERPRINT
+        self.reads += 1
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return list(self.records)
+
+    async def models(self):
+        return {model.fingerprint: model for model in self.listed}
+
+
+class FakePing:
+    def __init__(self):
+        self.round_trips = {}
+        self.dead = set()
+        self.asked = []
+        self.running = self.most_running = 0
+
+    async def __call__(self, peer_id, timeout):
+        assert timeout == 3.0
+        self.asked.append(peer_id)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        await asyncio.sleep(0)
+        self.running -= 1
+        if peer_id in self.dead:
+            raise PeerTimeout("it did not answer")
+        return self.round_trips.get(peer_id, 0.05)
+
+
+class World:
+    def __init__(self, records=(), models=(), num_blocks=30, **settings):
+        self.clock = Clock()
+        self.directory = FakeDirectory(records, models)
+        self.ping = FakePing()
+        self.router = Router(
+            self.directory,
+            self.ping,
+            FINGERPRINT,
+            num_blocks,
+            "SmolLM2",
+            RouterConfig(**settings),
+            clock=self.clock,
+            rng=random.Random(0),
+        )
+
+    async def route(self, start=0, end=30, cache_tokens=100, **options):
+        chain = await self.router.find_chain(BlockSpan(start=start, end=end), cache_tokens=cache_tokens, **options)
+        return [(link.peer_id, str(link.span)) for link in chain]
+
+
+THREE = [record("A", 0, 10), record("B", 10, 20), record("C", 20, 30)]
+SPARES = [record("D", 8, 14), record("E", 14, 22)]
+
+
+def test_the_settings_are_those_of_the_client():
+    for name, field in RouterConfig.model_fields.items():
+        theirs = ClientConfig.model_fields[name]
+        assert (field.annotation, field.metadata, field.default) == (theirs.annotation, theirs.metadata, theirs.default)
+
+
+async def test_a_chain_is_found_from_the_records():
+    world = World(THREE)
+    assert await world.route() == [("A", "0:10"), ("B", "10:20"), ("C", "20:30")]
+    assert sorted(world.ping.asked) == ["A", "C"]
+
+
+async def test_records_are_read_once_per_period():
+    world = World(THREE)
+    await world.route()
+    world.clock.now += 29.9
+    await world.route()
+    await world.router.refresh()
+    assert world.directory.reads == 1
+    await world.router.refresh(force=True)
+    assert world.directory.reads == 2
+    world.clock.now += 30
+    await world.route()
+    assert world.directory.reads == 3
+
+
+async def test_concurrent_refreshes_share_one_reading():
+    world = World(THREE)
+    world.directory.gate.clear()
+    waiting = [asyncio.create_task(world.router.refresh(force=i % 2 == 0)) for i in range(10)]
+    await asyncio.sleep(0)
+    world.directory.gate.set()
+    await asyncio.gather(*waiting)
+    assert world.directory.reads == 1
+
+
+async def test_a_cancelled_refresh_leaves_the_others_a_reading():
+    world = World(THREE)
+    world.directory.gate.clear()
+    first, second = (asyncio.create_task(world.router.refresh()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    world.directory.gate.set()
+    await second
+    assert len(world.router.snapshot().servers) == 3
+
+
+async def test_an_error_of_the_directory_passes_and_the_old_records_stay():
+    world = World(THREE)
+    await world.router.refresh()
+    world.directory.error = NetworkError("no network")
+    with pytest.raises(NetworkError):
+        await world.router.refresh(force=True)
+    assert len(world.router.snapshot().servers) == 3
+
+
+async def test_old_records_serve_while_the_directory_fails():
+    world = World(THREE)
+    world.directory.error = NetworkError("no network")
+    with pytest.raises(NetworkError):
+        await world.route()
+    world.directory.error = None
+    await world.route()
+    world.directory.error = NetworkError("no network")
+    world.clock.now += 1000
+    assert len(await world.route()) == 3
+    world.router.report_failure("B")
+    with pytest.raises(NetworkError):
+        await world.route()
+
+
+async def test_missing_blocks_cause_one_more_reading():
+    world = World(THREE[:2])
+    with pytest.raises(MissingBlocks):
+        await world.route()
+    assert world.directory.reads == 1
+    world.directory.records = THREE
+    assert len(await world.route()) == 3
+    assert world.directory.reads == 2
+
+
+async def test_at_most_so_many_servers_are_pinged():
+    world = World([record(f"P{i}", 0, 30) for i in range(40)])
+    await world.route()
+    assert len(world.ping.asked) == len(set(world.ping.asked)) == MAX_PINGS == 8
+    assert world.ping.most_running == 8  # together, not one after the other
+    await world.route()
+    assert len(set(world.ping.asked)) == 16  # those that are not known yet
+    for _ in range(4):
+        await world.route()
+    assert len(world.ping.asked) == 40
+    world.clock.now += 30
+    await world.route()
+    assert len(world.ping.asked) == 48
+
+
+async def test_the_nearest_replica_is_chosen():
+    world = World([record(f"P{i}", 0, 30) for i in range(6)])
+    world.ping.round_trips = {"P4": 0.001}
+    assert await world.route() == [("P4", "0:30")]
+
+
+async def test_equal_replicas_share_the_load():
+    world = World([record(f"P{i}", 0, 30) for i in range(4)])
+    chosen = Counter([(await world.route())[0][0] for _ in range(200)])
+    assert len(chosen) == 4
+    assert min(chosen.values()) > 20
+
+
+async def test_a_server_that_does_not_answer_is_left_out_for_a_while():
+    world = World([record("dead", 0, 30), record("slow", 0, 30, throughput=0.5)])
+    world.ping.dead = {"dead"}
+    assert await world.route() == [("slow", "0:30")]
+    world.ping.dead = set()
+    world.clock.now += 14.9
+    assert await world.route() == [("slow", "0:30")]
+    world.clock.now += 0.1
+    assert await world.route() == [("dead", "0:30")]
+
+
+async def test_a_failed_server_is_replaced_by_spares():
+    world = World([*THREE, *SPARES])
+    world.router.report_failure("B")
+    assert await world.route() == [("A", "0:10"), ("D", "10:14"), ("E", "14:20"), ("C", "20:30")]
+    assert "B" not in world.ping.asked
+
+
+async def test_bans_double_with_each_failure_in_a_row():
+    world = World(THREE, ban_time=10.0, max_ban_time=35.0)
+    for seconds in (10, 20, 35, 35):
+        world.router.report_failure("B")
+        assert world.router.banned() == {"B": pytest.approx(seconds)}
+        world.clock.now += seconds - 0.1
+        with pytest.raises(MissingBlocks):
+            await world.route()
+        world.clock.now += 0.2
+        assert world.router.banned() == {}
+        assert len(await world.route()) == 3
+    world.router.report_success("B")
+    world.router.report_failure("B")
+    assert world.router.banned() == {"B": 10}
+
+
+def test_several_reports_of_one_failure_count_once_but_never_shorten_the_ban():
+    world = World(THREE, ban_time=10.0)
+    world.router.report_failure("B")
+    world.clock.now += 4
+    world.router.report_failure("B")
+    assert world.router.banned() == {"B": 10}
+
+
+def test_success_ends_a_ban():
+    world = World(THREE)
+    world.router.report_failure("B")
+    world.router.report_success("B")
+    world.router.report_success("C")
+    assert world.router.banned() == {}
+
+
+def test_a_ban_that_ended_long_ago_is_forgotten():
+    world = World(THREE, ban_time=10.0, max_ban_time=100.0)
+    world.router.report_failure("B")
+    world.clock.now += 111
+    world.router.report_failure("C")
+    world.router.report_failure("B")
+    assert world.router.banned() == {"B": 10, "C": 10}
+
+
+def test_a_ban_never_exceeds_its_maximum():
+    world = World(THREE, ban_time=50.0, max_ban_time=20.0)
+    world.router.report_failure("B")
+    assert world.router.banned() == {"B": 20}
+
+
+async def test_allowed_and_blocked_servers():
+    replicas = [record(name, 0, 30) for name in "ABC"]
+    assert {(await World(replicas, allowed_servers={"B"}).route())[0][0] for _ in range(5)} == {"B"}
+    assert {(await World(replicas, blocked_servers={"A", "C"}).route())[0][0] for _ in range(5)} == {"B"}
+    with pytest.raises(MissingBlocks, match="1 in blocked_servers, 2 not in allowed_servers"):
+        await World(replicas, allowed_servers={"B"}, blocked_servers={"B"}).route()
+
+
+async def test_excluded_servers():
+    world = World([record(name, 0, 30) for name in "ABC"])
+    assert await world.route(exclude={"A", "C"}) == [("B", "0:30")]
+
+
+async def test_numerics_source_and_sink_reach_the_search():
+    world = World([record("A", 0, 30, throughput=1.0), record("B", 0, 30, numerics="nf4", throughput=99.0)])
+    assert await world.route() == [("B", "0:30")]
+    assert await world.route(numerics="fp32") == [("A", "0:30")]
+    near = World([record("A", 0, 30), record("B", 0, 30)])
+    assert await near.route(source="A", sink="A") == [("A", "0:30")]
+    assert await near.route(source="B", sink="B") == [("B", "0:30")]
+
+
+async def test_missing_blocks_are_named_with_the_reasons():
+    records = [
+        record("A", 0, 10),
+        record("B", 14, 20, state=ServerState.DRAINING),
+        record("F", 14, 20, cache=99),
+        record("D", 10, 14),
+        record("E", 20, 22),
+        record("G", 22, 30),
+    ]
+    world = World(records)
+    world.router.report_failure("D")
+    with pytest.raises(MissingBlocks) as caught:
+        await world.route()
+    assert caught.value.blocks == tuple(range(10, 20))
+    assert str(caught.value) == (
+        "no usable server holds blocks 10:20 of SmolLM2; 6 servers were seen, 3 of them with such blocks "
+        "(1 banned after a failure, 1 draining, 1 full)"
+    )
+    world.directory.records = [records[0], records[5]]
+    await world.router.refresh(force=True)
+    with pytest.raises(MissingBlocks, match=r"10:22 of SmolLM2; 2 servers were seen, 0 of them with such blocks$"):
+        await world.route()
+
+
+async def test_only_the_wanted_blocks_matter():
+    world = World(THREE[:1])
+    assert await world.route(0, 10) == [("A", "0:10")]
+    with pytest.raises(MissingBlocks) as caught:
+        await world.route(8, 12)
+    assert caught.value.blocks == (10, 11)
+
+
+async def test_a_lack_of_cache_alone():
+    world = World([record("A", 0, 10), record("B", 10, 30, cache=40), record("B2", 10, 20, cache=70)])
+    with pytest.raises(CacheFull, match=r"cache for 100 tokens through blocks 10:30 of SmolLM2.*room for 40") as caught:
+        await world.route()
+    assert caught.value.tokens_left == 40
+    assert len(await world.route(cache_tokens=40)) == 2
+    with pytest.raises(CacheFull) as caught:
+        await world.route(10, 20)
+    assert caught.value.tokens_left == 70
+
+
+async def test_a_model_that_nobody_serves():
+    world = World()
+    with pytest.raises(ModelNotServed, match=r"serves SmolLM2 \(fingerprint aaaaaaaaaaaa\); it serves no other model"):
+        await world.route()
+
+
+async def test_other_weights_under_the_same_name():
+    models = [
+        ModelInfo(name="SmolLM2", fingerprint="b" * 64, num_blocks=30),
+        ModelInfo(name="SmolLM2", fingerprint=FINGERPRINT, num_blocks=30),
+        *(ModelInfo(name=f"Other{i}", fingerprint=f"{i:064x}", num_blocks=8) for i in range(12)),
+    ]
+    with pytest.raises(ModelNotServed) as caught:
+        await World(models=models).route()
+    message = str(caught.value)
+    assert "no server in the swarm serves SmolLM2 (fingerprint aaaaaaaaaaaa)" in message
+    assert "other weights of that name (fingerprint bbbbbbbbbbbb)" in message
+    assert "Other0 (8 blocks)" in message
+    assert message.endswith("and 3 more")
+
+
+async def test_blocks_outside_the_model():
+    with pytest.raises(BadSpan, match="blocks 20:31 lie outside SmolLM2, which has 30 blocks"):
+        await World(THREE).route(20, 31)
