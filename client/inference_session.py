@@ -80,8 +80,14 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """Tokens in the cache, of the longest row."""
-        return max(self.lengths)
+        """Tokens in the cache, padding included. Set it to a smaller number to forget what comes after."""
+        return self.cache.columns
+
+    @position.setter
+    def position(self, position: int) -> None:
+        if not 0 <= position <= self.position:
+            raise UsageError(f"cannot set the position to {position}: the session holds {self.position} tokens")
+        self.cache.crop(position - self.position)
 
     @property
     def chain(self) -> Chain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -112,21 +113,26 @@ class SwarmModelMixin:
             finally:
                 self._active.session = None
 
-    def forward(self, *args: Any, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any) -> Any:
-        """The model's own forward. Within an inference session it continues from the session's cache."""
+    def _remote_arguments(self, past_key_values: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of the model's own forward: with the active session's cache, or with none at all."""
         for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name):
-                raise NotSupported(f"{name} does not work over the swarm: servers return only what comes out of their span")
+            if arguments.get(name):
+                raise NotSupported(f"{name} does not work over the swarm: servers return only what leaves their span")
         session = getattr(self._active, "session", None)
         if past_key_values is None and session is not None:
             past_key_values = session.cache
         # Without a remote cache there is none: the base model must not make a local one.
-        return super().forward(  # type: ignore[misc]
-            *args, past_key_values=past_key_values, use_cache=past_key_values is not None, **kwargs
-        )
+        return {**arguments, "past_key_values": past_key_values, "use_cache": past_key_values is not None}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Everything the model's own `generate` accepts, except what `NotSupported` names."""
+        """Everything the model's own `generate` accepts, except what `NotSupported` names.
+
+        Within an inference session, pass the whole conversation so far: tokens that are cached are not sent again.
+        """
+        session = getattr(self._active, "session", None)
+        if session is not None and kwargs.get("past_key_values") is None:
+            _check_continuation(session, args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
+            kwargs["past_key_values"] = session.cache
         self._active.temporary = None
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -148,16 +154,22 @@ class SwarmModelMixin:
             raise NotSupported("beam search does not work over the swarm yet: servers cannot reorder their caches")
         if not generation_config.use_cache or model_kwargs.get("past_key_values") is not None:
             return
-        session = getattr(self._active, "session", None)
-        if session is None:
-            num_rows = batch_size * max(generation_config.num_return_sequences or 1, 1)
-            span = BlockSpan(start=0, end=self.connection.num_blocks)
-            session = self._active.temporary = self._open_session(span, num_rows, max_cache_length)
-        model_kwargs["past_key_values"] = session.cache
+        num_rows = batch_size * max(generation_config.num_return_sequences or 1, 1)
+        span = BlockSpan(start=0, end=self.connection.num_blocks)
+        self._active.temporary = self._open_session(span, num_rows, max(max_cache_length, 1))
+        model_kwargs["past_key_values"] = self._active.temporary.cache
 
     def close(self) -> None:
         """Leave the swarm. Also happens by itself when the process ends."""
         self.connection.thread.stop()
+
+
+def _check_continuation(session: InferenceSession, input_ids: Any) -> None:
+    if isinstance(input_ids, torch.Tensor) and 0 < input_ids.shape[1] <= session.cache.columns:
+        raise UsageError(
+            f"the session holds {session.cache.columns} tokens already and the input has only {input_ids.shape[1]}: "
+            "pass the whole conversation with the new tokens at its end, or set session.position back first"
+        )
 
 
 class AutoSwarmModelForCausalLM:
@@ -217,6 +229,12 @@ def _load_client_part(checkpoint: Checkpoint, architecture: Architecture, config
 
 
 def _swarm_class(causal_class: type[PreTrainedModel]) -> Any:
-    return type(f"Swarm{causal_class.__name__}", (SwarmModelMixin, causal_class), {"__module__": __name__})
+    """The model's own class with the swarm mixed in."""
 
+    # `generate` reads the signature of forward to see what the model accepts.
+    @functools.wraps(causal_class.forward)
+    def forward(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return causal_class.forward(self, *args, **self._remote_arguments(past_key_values, kwargs))
 
+    namespace = {"__module__": __name__, "forward": forward}
+    return type(f"Swarm{causal_class.__name__}", (SwarmModelMixin, causal_class), namespace)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from typing import TYPE_CHECKING, TypeAlias
 
 from swarm.data_structures import BlockSpan, ServerState
 
-from .cost import HOP_TIME, edge_time, span_time
+from .cost import HOP_TIME, edge_time, server_edge_time, span_time
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 #: Partial chains per block boundary that may go on to another server. Exact where no block has more holders.
 BEAM_SIZE = 16
+
+#: Seconds below which two predicted times are equal.
+_NOISE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,31 @@ class _Partial:
     previous: _Partial | None
 
     @property
-    def rank(self) -> tuple[float, int]:
-        """What the search minimises: time, then links. Nanoseconds, lest rounding errors decide between equals."""
-        return round(self.time, 9), self.num_links
+    def rank(self) -> tuple[int, int]:
+        """What the search minimises: time, then links. Rounded, lest rounding errors decide between equals."""
+        return round(self.time / _NOISE), self.num_links
 
     def moved(self, seconds: float) -> _Partial:
         """The same chain, so many seconds later."""
         return _Partial(self.time + seconds, self.num_links, self.server, self.entered, self.previous)
 
+    def backwards(self) -> Iterator[_Partial]:
+        """This partial chain, then what it was at each earlier change of servers."""
+        at: _Partial | None = self
+        while at is not None:
+            yield at
+            at = at.previous
+
     def visits(self, peer_id: str) -> int:
-        here = int(self.server.peer_id == peer_id)
-        return here + (self.previous.visits(peer_id) if self.previous is not None else 0)
+        return sum(at.server.peer_id == peer_id for at in self.backwards())
 
     def links(self, end: int) -> Chain:
-        link = ChainLink(self.server.peer_id, BlockSpan(start=self.entered, end=end), self.server.info.numerics)
-        return (*(self.previous.links(self.entered) if self.previous is not None else ()), link)
+        links = []
+        for at in self.backwards():
+            served = BlockSpan(start=at.entered, end=end)
+            links.append(ChainLink(at.server.peer_id, served, at.server.info.numerics))
+            end = at.entered
+        return tuple(reversed(links))
 
 
 def find_chain(
@@ -80,6 +93,7 @@ def find_chain(
 
     numerics: if chains of servers with this tag alone exist, the best of them; otherwise the best of all.
     source, sink: the peers before and after `span`; None is the client.
+    beam_size: see `_search`; at least 1.
     rng: chooses among equally fast servers, so that replicas share the load; None: the first in the snapshot's order.
     """
     servers = [record for record in snapshot.servers if _can_serve(snapshot, record, cache_tokens)]
@@ -143,13 +157,14 @@ def _search(
             elif block == span.start:
                 entry_time = edge_time(snapshot, source, peer_id) + HOP_TIME
                 best = _Partial(entry_time + block_time, 1, server, block, None)
+            # among these may be the chain that stays here; entered anew it is slower by HOP_TIME, and never taken
             for partial in leaving:
                 time = partial.time + HOP_TIME + block_time
-                if best is not None and time > best.time:
+                if best is not None and time > best.time + _NOISE:
                     break  # so are those that follow: they are sorted, and no edge takes less than no time
-                if partial.server.peer_id == peer_id:
+                time += server_edge_time(partial.server, server)
+                if best is not None and time > best.time + _NOISE:
                     continue
-                time += edge_time(snapshot, partial.server.peer_id, peer_id)
                 entering = _Partial(time, partial.num_links + 1, server, block, partial)
                 if (best is None or entering.rank < best.rank) and _has_room(entering, cache_tokens):
                     best = entering

@@ -8,6 +8,7 @@ from .snapshot import Snapshot
 
 if TYPE_CHECKING:
     from swarm.data_structures import ServerInfo
+    from swarm.dht import ServerRecord
 
 #: Seconds of round trip between peers that nobody measured. About the distance across a continent: a near server
 #: that was measured wins over an unknown one, and an unknown one still wins over a server overseas.
@@ -25,23 +26,22 @@ HOP_TIME = 0.002
 def edge_time(snapshot: Snapshot, from_peer: str | None, to_peer: str | None) -> float:
     """Seconds that hidden states travel one way; None is the client. Infinite if the client cannot reach the peer.
 
-    Half of the round trip: from the client it was measured, between servers either of the two announced it (a round
-    trip is the same both ways).
+    Half of the round trip, which is the same both ways: the client measured its own, servers announce theirs.
     """
     if from_peer == to_peer:
         return 0.0
     if from_peer is None or to_peer is None:
-        round_trip = snapshot.pings.get(from_peer or to_peer or "")
-    else:
-        round_trip = _announced_ping(snapshot, from_peer, to_peer)
-        if round_trip is None:
-            round_trip = _announced_ping(snapshot, to_peer, from_peer)
-    return (UNKNOWN_ROUND_TRIP if round_trip is None else round_trip) / 2
+        return snapshot.pings.get(from_peer or to_peer or "", UNKNOWN_ROUND_TRIP) / 2
+    one, other = snapshot.get(from_peer), snapshot.get(to_peer)
+    return UNKNOWN_ROUND_TRIP / 2 if one is None or other is None else server_edge_time(one, other)
 
 
-def _announced_ping(snapshot: Snapshot, from_peer: str, to_peer: str) -> float | None:
-    record = snapshot.get(from_peer)
-    return None if record is None else record.info.next_pings.get(to_peer)
+def server_edge_time(one: ServerRecord, other: ServerRecord) -> float:
+    """Seconds that hidden states travel between two different servers, if either announced their round trip."""
+    round_trip = one.info.next_pings.get(other.peer_id)
+    if round_trip is None:
+        round_trip = other.info.next_pings.get(one.peer_id, UNKNOWN_ROUND_TRIP)
+    return round_trip / 2
 
 
 def effective_throughput(server: ServerInfo) -> float:

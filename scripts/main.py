@@ -18,6 +18,8 @@ import typer.main
 from swarm import __version__
 from swarm.errors import SwarmError, UsageError
 
+from .options import spread_addresses
+
 
 class Subcommand(NamedTuple):
     """Where a subcommand lives: `attribute` of `module` is a function with typer annotations, or a typer.Typer."""
@@ -112,7 +114,8 @@ def report(run: Callable[[], Any]) -> int:
 def main(args: Sequence[str] | None = None) -> None:
     """Run `swarm ARGS...` (default: this process's arguments) and exit."""
     app = build_app()
-    sys.exit(report(lambda: app.main(args=None if args is None else list(args), prog_name="swarm")))
+    given = spread_addresses(sys.argv[1:] if args is None else args)
+    sys.exit(report(lambda: app.main(args=given, prog_name="swarm")))
 
 
 def run_server_main() -> None:

@@ -13,6 +13,7 @@ from .errors import BadAddress
 
 EXAMPLE_PEER = "/ip4/203.0.113.7/tcp/31330/p2p/QmXnnyufdzAWL5CqZ2RnSNgPbvCc1ALT73s6epPrRnZ1Xy"
 EXAMPLE_LISTEN = "/ip4/0.0.0.0/tcp/31330"
+EXAMPLE_ANNOUNCE = "/ip4/203.0.113.7/tcp/31330"
 
 _HOSTS = {"ip4", "ip6", "dns", "dns4", "dns6", "dnsaddr"}
 _PORTS = {"tcp", "udp"}
@@ -47,11 +48,11 @@ def check_listen_address(text: str) -> Multiaddr:
 
 
 def check_announce_address(text: str) -> Multiaddr:
-    """An address under which others reach this peer, without its /p2p/ID. Raises BadAddress that names the wrong part."""
-    parts = _check_parts(text, "/ip4/203.0.113.7/tcp/31330")
-    _check_has_no_peer(text, parts, "/ip4/203.0.113.7/tcp/31330")
-    _check_port(text, parts, "/ip4/203.0.113.7/tcp/31330", zero_allowed=False)
-    return _parse(text, "/ip4/203.0.113.7/tcp/31330")
+    """An address under which others reach this peer, without /p2p/ID. Raises BadAddress that names the wrong part."""
+    parts = _check_parts(text, EXAMPLE_ANNOUNCE)
+    _check_has_no_peer(text, parts, EXAMPLE_ANNOUNCE)
+    _check_port(text, parts, EXAMPLE_ANNOUNCE, zero_allowed=False)
+    return _parse(text, EXAMPLE_ANNOUNCE)
 
 
 def split_addresses(values: Iterable[str]) -> list[str]:
@@ -125,7 +126,9 @@ def _is_peer_id(text: str) -> bool:
     except ValueError:
         return False
     # A multihash: sha2-256 of an RSA key, or a short key itself (Ed25519).
-    return (len(raw) == 34 and raw[:2] == b"\x12\x20") or (2 < len(raw) <= 44 and raw[0] == 0 and raw[1] == len(raw) - 2)
+    is_hash = len(raw) == 34 and raw[:2] == b"\x12\x20"
+    is_key = 2 < len(raw) <= 44 and raw[0] == 0 and raw[1] == len(raw) - 2
+    return is_hash or is_key
 
 
 def _check_has_no_peer(text: str, parts: list[tuple[str, str | None]], example: str) -> None:

@@ -1,9 +1,9 @@
 """Announce and read records: which servers serve a model, and which models a swarm serves.
 
-A server's record lies under the key `petswarm.{fingerprint}.{shard}`, a model's under `petswarm.models.{shard}`, the shard
-chosen by the peer id: thousands of records under one key would not be read back in full. The subkey is the announcing
-peer's public key, so that hivemind lets nobody else write it and the peer id follows from it. One record per server:
-a signed one takes about 900 bytes.
+A server's record lies under the key `petswarm.{fingerprint}.{shard}`, a model's under `petswarm.models.{shard}`, the
+shard chosen by the peer id: thousands of records under one key would not be read back in full. The subkey is the
+announcing peer's public key, so that hivemind lets nobody else write it and the peer id follows from it. One record
+per server, not per block: a signed one takes about 900 bytes.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ class Directory:
     async def announce(self, model: ModelInfo, info: ServerInfo, ttl: float) -> None:
         """Store or renew this node's records; with state OFFLINE, withdraw them.
 
-        ttl: seconds until they expire. Raises NetworkError if no peer stored them, or not in time.
+        ttl: seconds until they expire. A first peer that is still alone stores them itself. Raises NetworkError if
+        nobody stored them, or not in time.
         """
+        self._node.check()
         if not 0 < ttl <= MAX_TTL:
             raise ValueError(f"ttl must lie between 0 and {MAX_TTL:g} s, but is {ttl:g}")
         content = write_record(info)
@@ -83,7 +85,10 @@ class Directory:
         contents = [content, _WITHDRAWN if info.state == ServerState.OFFLINE else write_record(model)]
         try:
             stored = await asyncio.wait_for(
-                self._node.dht.store_many(keys, contents, expires, subkeys=[subkey, subkey]), _TIMEOUT
+                self._node.dht.store_many(
+                    keys, contents, expires, subkeys=[subkey, subkey], exclude_self=not self._node.config.listen
+                ),
+                _TIMEOUT,
             )
         except Exception as error:
             raise NetworkError(f"could not announce this server: {_reason(error)}") from error
@@ -125,24 +130,36 @@ class Directory:
                 continue
             try:
                 peer_id = owner_of(subkey)
-                if shard_of(peer_id) != shard:
-                    raise BadRecord("wrong shard", f"it lies in shard {shard}, its peer's records in {shard_of(peer_id)}")
+                right_shard = shard_of(peer_id)
+                if shard != right_shard:
+                    raise BadRecord("wrong shard", f"it lies in shard {shard}, not in its peer's shard {right_shard}")
                 found.append((peer_id, read_record(content, info_type), expires))
             except BadRecord as error:
                 self._complaints.add(describe(subkey), error)
         return found
 
+    async def _search(self, keys: list[str]) -> dict[str, Any]:
+        """What hivemind finds under these keys. Raises NetworkError if nobody answers, or not in time."""
+        self._node.check()
+        for _ in range(2):
+            if not self._node.config.listen and not self._node.knows_others():
+                await self._node.rejoin()  # a client stores nothing for others: alone it would see an empty swarm
+            try:
+                # NaN: no expiration is late enough to end the search early, not even the infinite one that a stranger's
+                # reply may claim; so every peer near the key is asked and the latest record of each server wins.
+                found: dict[str, Any] = await asyncio.wait_for(
+                    self._node.dht.get_many(keys, sufficient_expiration_time=float("nan")), _TIMEOUT
+                )
+            except Exception as error:
+                raise NetworkError(f"could not read the records of the swarm: {_reason(error)}") from error
+            if self._node.config.listen or self._node.knows_others():
+                return found
+        raise NetworkError("could not read the records of the swarm: none of the peers that we know answers")
+
     async def _fetch(self, prefix: str) -> list[tuple[int, Any, Any, float]]:
         """(shard, subkey, content, expiration) of all records under a prefix, signatures checked, nothing else."""
         shard_of_key = {_key(prefix, shard): shard for shard in range(NUM_SHARDS)}
-        try:
-            # NaN: no expiration is late enough to end the search early, not even the infinite one that a stranger's
-            # reply may claim; so every peer near the key is asked and the latest record of each server wins.
-            values = await asyncio.wait_for(
-                self._node.dht.get_many(list(shard_of_key), sufficient_expiration_time=float("nan")), _TIMEOUT
-            )
-        except Exception as error:
-            raise NetworkError(f"could not read the records of the swarm: {_reason(error)}") from error
+        values = await self._search(list(shard_of_key))
         return [(shard_of_key[key], *entry) for key, value in values.items() for entry in _entries(value)]
 
 

@@ -47,7 +47,7 @@ class Identity:
         except DecodeError as error:
             raise UsageError(f"{path} is not an identity file; remove it and a new identity will be made") from error
         if message.key_type != crypto_pb2.KeyType.RSA:
-            raise UsageError(f"identity file {path} holds a key that is not RSA, so it cannot sign records; use another")
+            raise UsageError(f"identity file {path} holds no RSA key, so it cannot sign records; use another")
         try:
             key = RSAPrivateKey.__new__(RSAPrivateKey)
             key.__setstate__({"_private_key": message.data})

@@ -73,7 +73,7 @@ class InitialPeers:
                     task.cancel()
 
     async def _meet(self, peer_id: str) -> bool:
-        """Connect to a peer and have each enter the other's routing table. False: it cannot work, `_reasons` says why."""
+        """Connect to a peer, and have each enter the other's routing table. False if it cannot; `_reasons` says why."""
         peer = PeerID.from_base58(peer_id)
         maddrs: list[Multiaddr] = [without_peer_id(address) for address in self._addresses[peer_id]]
         self._reasons[peer_id] = "no answer"
@@ -89,6 +89,7 @@ class InitialPeers:
         except (OSError, EOFError) as error:
             self._reasons[peer_id] = f"p2pd failed: {error!r}"
         else:
+            self._dht.blacklist.register_success(peer)
             return True
         return False
 
@@ -100,7 +101,9 @@ class InitialPeers:
             for peer_id, addresses in self._addresses.items()
             for address in addresses
         ]
-        shown = ", ".join(lines[:_MAX_SHOWN]) + (f" and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else "")
+        shown = ", ".join(lines[:_MAX_SHOWN])
+        if len(lines) > _MAX_SHOWN:
+            shown += f" and {len(lines) - _MAX_SHOWN} more"
         within = f" within {timeout:g} s" if timed_out else ""
         return (
             f"{who}{within}: {shown}; check that the peer runs, that the address is the one that it printed, "

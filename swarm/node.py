@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import errno
 import logging
-import socket
 import tempfile
 import threading
 import weakref
@@ -27,6 +25,7 @@ from .errors import BadAddress, NetworkError, PortInUse
 from .identity import Identity
 from .join import InitialPeers
 from .p2p_daemon import P2PDaemon
+from .ports import check_ports_are_free
 from .records import Complaints, RecordValidator
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class NodeConfig:
 
 
 class Node:
-    """A running peer. Make it with `await Node.start(config)`, use it in the same loop, end it with `await node.stop()`.
+    """A running peer. Make it with `await Node.start(config)`, use it in the same loop, end it with `stop()`.
 
     The thread that runs the loop must outlive the node: p2pd ends with it.
     """
@@ -77,6 +76,7 @@ class Node:
         self._identity: Identity | None = None
         self._daemon: P2PDaemon | None = None
         self._p2p: P2P | None = None
+        self._initial_peers: InitialPeers | None = None
         self._rejoining: asyncio.Task[None] | None = None
         self._stopped: asyncio.Task[None] | None = None
 
@@ -106,7 +106,7 @@ class Node:
         self._daemon = await self._start_daemon(identity, control)
 
         # P2P puts the socket for incoming streams at a class-wide prefix; ours lies in the private folder.
-        p2p_class = type("P2PInFolder", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
+        p2p_class: type[P2P] = type("P2PInFolder", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
         try:
             self.p2p = self._p2p = await p2p_class.replicate(Multiaddr(f"/unix{control}"))
         except Exception as error:
@@ -125,7 +125,8 @@ class Node:
             cache_size=-1,  # keeps nothing; 0 would mean unbounded
             reuse_get_requests=False,
         )
-        peers = InitialPeers(self.p2p, self.dht, [peer for peer in self.config.initial_peers if not self._is_me(peer)])
+        others = [address for address in self.config.initial_peers if not self._is_me(address)]
+        peers = self._initial_peers = InitialPeers(self.p2p, self.dht, others)
         await peers.join(self.config.join_timeout)
         self._rejoining = asyncio.create_task(peers.keep_joined(self.config.rejoin_period))
 
@@ -151,7 +152,7 @@ class Node:
             "autoRelay": "0",
         }
         if self.config.listen:
-            _check_ports(self.config.host_maddrs)
+            check_ports_are_free(self.config.host_maddrs)
             arguments["hostAddrs"] = ",".join(self.config.host_maddrs)
             if self.config.announce_maddrs:
                 arguments["announceAddrs"] = ",".join(self.config.announce_maddrs)
@@ -183,6 +184,23 @@ class Node:
             raise NetworkError("this node was not started")
         return self._daemon
 
+    def check(self) -> None:
+        """Raises NetworkError if this node was stopped or its p2pd died."""
+        if self._stopped is not None:
+            raise NetworkError("this node was stopped")
+        if self.died.is_set():
+            raise NetworkError(self.death_message)
+
+    def knows_others(self) -> bool:
+        """Whether any other peer is in this node's routing table. One that fails to answer once is taken out of it."""
+        return bool(self.dht.protocol.routing_table.uid_to_peer_id)
+
+    async def rejoin(self) -> None:
+        """Meet the initial peers now, as at the start. Raises JoinFailed."""
+        self.check()
+        if self._initial_peers is not None:
+            await self._initial_peers.join(self.config.join_timeout)
+
     async def addresses(self) -> list[str]:
         """Where others can reach this node now, each address with its /p2p/ID; none for a client."""
         if not self.config.listen:
@@ -199,7 +217,7 @@ class Node:
             raise NetworkError("this node has no address: it does not listen")
         if self.config.announce_maddrs:
             return f"{self.config.announce_maddrs[0].rstrip('/')}/p2p/{self.peer_id}"
-        return min(addresses, key=lambda address: ("/ip4/127." in address or "/ip6/::1/" in address, "/tcp/" not in address))
+        return min(addresses, key=_is_second_choice)
 
     async def stop(self) -> None:
         """End the node and p2pd, and remove their files. Takes at most a few seconds; harmless when repeated."""
@@ -263,9 +281,7 @@ class NodeThread:
         self._finalizer()
 
 
-def _run_thread(
-    config: NodeConfig, started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, Node]]
-) -> None:
+def _run_thread(config: NodeConfig, started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, Node]]) -> None:
     """Run a loop with a node in it until somebody stops the loop."""
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -318,24 +334,8 @@ def _check(config: NodeConfig) -> None:
         check_announce_address(address)
 
 
-def _check_ports(host_maddrs: tuple[str, ...]) -> None:
-    """Raises PortInUse or BadAddress. p2pd itself is content if one of several addresses is free."""
-    for address in host_maddrs:
-        maddr = Multiaddr(address)
-        (_, host), (transport, port) = list(maddr.items())[:2]
-        family = socket.AF_INET6 if "ip6" in maddr else socket.AF_INET
-        kind = socket.SOCK_STREAM if transport.name == "tcp" else socket.SOCK_DGRAM
-        with socket.socket(family, kind) as probe:
-            if kind == socket.SOCK_STREAM:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not count
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                probe.bind((host, int(port)))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise PortInUse(f"cannot listen on {address}: another program listens there already") from error
-                raise BadAddress(f"cannot listen on {address}: {error.strerror}") from error
+def _is_second_choice(address: str) -> tuple[bool, bool]:
+    return "/ip4/127." in address or "/ip6/::1/" in address, "/tcp/" not in address
 
 
 def _socket_root() -> str | None:

@@ -76,7 +76,7 @@ class Complaints:
             logger.warning("%d bad records were named; further ones are only counted", _MAX_NAMED)
 
 
-class RecordValidator(RSASignatureValidator):  # type: ignore[misc]
+class RecordValidator(RSASignatureValidator):
     """Signs our records, and refuses records that would harm the DHT itself."""
 
     def __init__(self, private_key: RSAPrivateKey, complaints: Complaints):

@@ -158,6 +158,11 @@ def test_spans_that_fit_end_to_end():
     assert route(chain) == [("A", "0:10"), ("B", "10:20"), ("C", "20:30")]
 
 
+def test_a_chain_of_very_many_servers():
+    records = [record(f"P{block}", block, block + 1) for block in range(2000)]
+    assert len(find_chain(picture(2000, records), span(0, 2000), cache_tokens=1)) == 2000
+
+
 def test_spares_with_other_boundaries_step_in():
     records = [record("A", 0, 10), record("C", 20, 30), record("D", 8, 14), record("E", 14, 22)]
     chain = find_chain(picture(30, records), span(10, 20), cache_tokens=100, source="A", sink="C")

@@ -217,6 +217,15 @@ async def test_a_server_that_does_not_answer_is_left_out_for_a_while():
     assert await world.route() == [("dead", "0:30")]
 
 
+async def test_round_trips_of_servers_that_left_are_forgotten():
+    world = World(THREE)
+    await world.route()
+    assert set(world.router.snapshot().pings) == {"A", "C"}
+    world.directory.records = THREE[:2]
+    await world.router.refresh(force=True)
+    assert set(world.router.snapshot().pings) == {"A"}
+
+
 async def test_a_failed_server_is_replaced_by_spares():
     world = World([*THREE, *SPARES])
     world.router.report_failure("B")

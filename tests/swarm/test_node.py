@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -38,6 +39,10 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # dead, and whoever adopted it has yet to notice
     except psutil.NoSuchProcess:
         return True
+
+
+def are_gone(processes: list[psutil.Process]) -> bool:
+    return all(is_gone(process.pid) for process in processes)
 
 
 def wait_until(condition: Callable[[], Any], timeout: float) -> None:
@@ -283,7 +288,7 @@ class TestIdentity:
     def test_public_keys_that_belong_to_no_peer(self) -> None:
         key = b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl"
         for bad in (b"", b"ssh-rsa AAAA", key):
-            with pytest.raises(Exception):
+            with pytest.raises(ValueError):
                 peer_id_of_public_key(bad)
 
 
@@ -320,27 +325,31 @@ async def _divide_by_zero() -> float:
     return 1 / 0
 
 
-def start_process(code: str) -> subprocess.Popen[str]:
-    program = "from swarm.node import *\nimport asyncio, signal, time\n" + textwrap.dedent(code)
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+def start_process(code: str, **options: Any) -> subprocess.Popen[str]:
+    program = "from swarm.node import *\nimport asyncio, time\n" + textwrap.dedent(code)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, **options)
 
 
 def test_killed_process_takes_p2pd_along() -> None:
     """Also when it is killed before p2pd has come up, or has even become p2pd."""
     code = """
         async def main():
-            print("starting", flush=True)
+            print("imported", flush=True)
+            input()
             node = await Node.start(NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",)))
             print(node.daemon_pid, flush=True)
             await asyncio.sleep(60)
         {}.run(main())
     """
-    delays = [None, 0.0, 0.005, 0.02, 0.1, 0.3]  # seconds after the child of our process is born; None: once it is ready
-    for start in range(0, len(delays), 2):
-        processes = [start_process(code.format(loop)) for loop in ("asyncio", "uvloop")]
-        for process, delay in zip(processes, delays[start : start + 2], strict=True):
-            assert process.stdout is not None
-            assert process.stdout.readline() == "starting\n"
+    # Kill it so many seconds after its child is born; None: once the node is ready.
+    moments = [("asyncio", None), ("uvloop", None), ("asyncio", 0.0), ("uvloop", 0.01), ("uvloop", 0.1)]
+    processes = [start_process(code.format(loop), stdin=subprocess.PIPE) for loop, _ in moments]
+    for process, (_, delay) in zip(processes, moments, strict=True):
+        with process:
+            assert process.stdout is not None and process.stdin is not None
+            assert process.stdout.readline() == "imported\n"
+            process.stdin.write("go\n")
+            process.stdin.flush()
             children: list[psutil.Process] = []
             while not children:
                 children = psutil.Process(process.pid).children()
@@ -349,9 +358,7 @@ def test_killed_process_takes_p2pd_along() -> None:
             else:
                 time.sleep(delay)
             process.kill()
-            process.wait()
-            process.stdout.close()
-            wait_until(lambda: all(is_gone(child.pid) for child in children), 2)
+        wait_until(functools.partial(are_gone, children), 2)
 
 
 def test_exiting_process_leaves_no_p2pd_and_no_files() -> None:
@@ -376,8 +383,7 @@ def test_terminals_interrupt_does_not_reach_p2pd() -> None:
             thread.run(thread.node.addresses())  # p2pd still answers
             print("alive", thread.node.died.is_set(), flush=True)
     """
-    program = "from swarm.node import *\nimport time\n" + textwrap.dedent(code)
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = start_process(code, start_new_session=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
