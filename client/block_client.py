@@ -132,7 +132,9 @@ class RemoteSpan:
                 while True:
                     message, payload = await self._stream.receive()
                     if isinstance(message, ErrorReply):
-                        raise from_wire(message.error, f"server {self._peer_id}: {message.message}", message.tokens_left)
+                        raise from_wire(
+                            message.error, f"server {self._peer_id}: {message.message}", message.tokens_left
+                        )
                     if not isinstance(message, Moving):
                         return message, payload
                     self.moving = True

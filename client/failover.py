@@ -1,7 +1,7 @@
 """When a server fails: find others for its blocks, replay what it was sent, go on. The only retry loop of the client.
 
-PETALS (Borzunov et al., NeurIPS'23, section 3.1) keeps the inputs of every stage on the client for this purpose. Only the
-lost part of the chain is rebuilt; servers before and after it keep their caches.
+PETALS (Borzunov et al., NeurIPS'23, section 3.1) keeps the inputs of every stage on the client for this purpose.
+Only the lost part of the chain is rebuilt; servers before and after it keep their caches.
 """
 
 from __future__ import annotations
@@ -229,7 +229,9 @@ class Failover:
         others = sorted({link.numerics for link in chain} - {like.numerics})
         if not others:
             return
-        text = f"blocks {like.span} were computed as {like.numerics}, but only servers with {', '.join(others)} are left"
+        text = (
+            f"blocks {like.span} were computed as {like.numerics}, but only servers with {', '.join(others)} are left"
+        )
         if self._config.strict_numerics:
             raise NumericsMismatch(f"{text}; strict_numerics forbids to go on with them")
         if not self._warned_of.issuperset(others):

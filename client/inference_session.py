@@ -52,8 +52,9 @@ class InferenceSession:
         history_bytes = num_rows * max_length * bytes_per_token
         if history_bytes > config.max_history_bytes:
             raise UsageError(
-                f"a session of {num_rows} x {max_length} tokens may keep {history_bytes} bytes of history per server for "
-                f"fail-over, more than max_history_bytes={config.max_history_bytes}; lower max_length or raise the limit"
+                f"a session of {num_rows} x {max_length} tokens may keep {history_bytes} bytes of history per server "
+                f"for fail-over, more than max_history_bytes={config.max_history_bytes}; "
+                "lower max_length or raise the limit"
             )
         self.num_rows = num_rows
         self.max_length = max_length
@@ -143,7 +144,9 @@ class InferenceSession:
             if row.row >= self.num_rows:
                 raise UsageError(f"row {row.row} of a session that was opened for {self.num_rows} rows")
             if row.position > self.lengths[row.row]:
-                raise UsageError(f"row {row.row} holds {self.lengths[row.row]} tokens and cannot go on at {row.position}")
+                raise UsageError(
+                    f"row {row.row} holds {self.lengths[row.row]} tokens and cannot go on at {row.position}"
+                )
             if row.position + row.num_tokens > self.max_length:
                 raise SessionTooLong(
                     f"{row.position} cached + {row.num_tokens} new tokens are more than the session's "

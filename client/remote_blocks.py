@@ -57,9 +57,7 @@ class RemoteBlocks(nn.Module):
             raise UsageError(f"cannot take blocks {index}: a run of blocks must be ascending and not empty")
         if (start, end) == (0, len(self)):
             return self
-        return RemoteBlocks(
-            BlockSpan(start=self.span.start + start, end=self.span.start + end), self._open_session
-        )
+        return RemoteBlocks(BlockSpan(start=self.span.start + start, end=self.span.start + end), self._open_session)
 
     def forward(
         self,
@@ -98,9 +96,7 @@ class RemoteBlocks(nn.Module):
             real = _new_columns(attention_mask, num_rows, cache.columns + num_tokens, num_tokens)
             lengths = real.sum(dim=1).tolist()
             flat = hidden_states[real]
-        rows = [
-            RowSlice(row, session.lengths[row], length) for row, length in enumerate(lengths) if length
-        ]
+        rows = [RowSlice(row, session.lengths[row], length) for row, length in enumerate(lengths) if length]
         if not rows:
             raise UsageError("the attention mask hides every new token")
         output = session.step(flat.detach(), rows).to(hidden_states.device)

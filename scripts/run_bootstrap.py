@@ -32,7 +32,8 @@ def run_bootstrap(
         Path | None, typer.Option(help="Private key file that keeps the peer id; made if absent.", show_default=False)
     ] = None,
     stop_with_stdin: Annotated[
-        bool, typer.Option("--stop-with-stdin", help="Also stop when standard input closes (for programs that start us).")
+        bool,
+        typer.Option("--stop-with-stdin", help="Also stop when standard input closes (for programs that start us)."),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:

@@ -40,8 +40,12 @@ def run_server(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[DType, typer.Option(help="Of activations and unquantised weights; auto: as stored.")] = DType.AUTO,
-    quantization: Annotated[QuantizationKind, typer.Option(help="Of the weights, while they load.")] = QuantizationKind.NONE,
-    cache_tokens: Annotated[int, typer.Option(min=1, help="KV cache budget in tokens, all sessions together.")] = 16_384,
+    quantization: Annotated[
+        QuantizationKind, typer.Option(help="Of the weights, while they load.")
+    ] = QuantizationKind.NONE,
+    cache_tokens: Annotated[
+        int, typer.Option(min=1, help="KV cache budget in tokens, all sessions together.")
+    ] = 16_384,
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -56,13 +60,20 @@ def run_server(
         Path | None, typer.Option(help="Private key file that keeps the peer id; made if absent.", show_default=False)
     ] = None,
     public_name: Annotated[str, typer.Option(help="Shown in the list of servers.", show_default=False)] = "",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the forward pass.", show_default=False)] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the forward pass.", show_default=False)
+    ] = None,
     announce_period: Annotated[float, typer.Option(min=0.5, help="Seconds between announcements.")] = 20.0,
     session_idle_limit: Annotated[float, typer.Option(min=1, help="Seconds until an idle session is closed.")] = 600.0,
     drain_time: Annotated[float, typer.Option(min=0.1, help="Seconds that sessions have to move on SIGTERM.")] = 15.0,
     stop_with_stdin: Annotated[
-        bool, typer.Option("--stop-with-stdin", help="Also stop when standard input closes (for programs that start servers).")
+        bool,
+        typer.Option(
+            "--stop-with-stdin", help="Also stop when standard input closes (for programs that start servers)."
+        ),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:

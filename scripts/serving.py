@@ -66,11 +66,16 @@ def run_until_stopped(make: Callable[[], Coroutine[Any, Any, None]], watch: Stdi
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, task.cancel)
         if watch is not None:
-            watch.on_close(lambda: loop.call_soon_threadsafe(task.cancel))
+            watch.on_close(lambda: _ask_to_cancel(loop, task))
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
     uvloop.run(main())
+
+
+def _ask_to_cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Future[None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: we are ending anyway
+        loop.call_soon_threadsafe(task.cancel)
 
 
 async def serve(peer: Peer) -> None:

@@ -96,7 +96,9 @@ class Announcer:
             and record.peer_id != self._node.peer_id
         ]
         chosen = random.sample(next_peers, min(MAX_PINGS, len(next_peers)))
-        times = await asyncio.gather(*(ping(self._node.p2p, peer, PING_TIMEOUT) for peer in chosen), return_exceptions=True)
+        times = await asyncio.gather(
+            *(ping(self._node.p2p, peer, PING_TIMEOUT) for peer in chosen), return_exceptions=True
+        )
         alive = {peer: time for peer, time in zip(chosen, times, strict=True) if isinstance(time, float)}
         kept = {peer: time for peer, time in self._pings.items() if peer in next_peers and peer not in chosen}
         self._pings = {**kept, **alive}

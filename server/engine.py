@@ -6,12 +6,13 @@ al., OSDI'22). The engine knows nothing about peers, streams or messages.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import torch
@@ -220,9 +221,5 @@ def _fail(task: StepTask, error: SwarmError) -> None:
 
 def _settle(action: Callable[..., None], value: StepOutput | SwarmError) -> None:
     """Resolve a future that its owner may have cancelled in the same moment."""
-    from concurrent.futures import InvalidStateError
-
-    try:
+    with contextlib.suppress(InvalidStateError):
         action(value)
-    except InvalidStateError:
-        pass

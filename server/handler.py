@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -210,16 +211,12 @@ class _SessionStream:
             future.cancel()
 
     async def tell_moving(self) -> None:
-        try:
+        with contextlib.suppress(PeerUnreachable):
             await self._stream.send(Moving())
-        except PeerUnreachable:
-            pass
 
     async def _refuse(self, error: SwarmError) -> None:
         name, text = to_wire(error)
         logger.info("refused a request of %s: %s: %s", self._peer_id, name, text)
         tokens_left = error.tokens_left if isinstance(error, CacheFull) else None
-        try:
+        with contextlib.suppress(PeerUnreachable):
             await self._stream.send(ErrorReply(error=name, message=text[:2000], tokens_left=tokens_left))
-        except PeerUnreachable:
-            pass

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 
@@ -140,7 +141,7 @@ class KVCache:
     @staticmethod
     def is_contiguous(row: RowCache) -> bool:
         pages = row.pages
-        return pages[-1] - pages[0] == len(pages) - 1 and all(b - a == 1 for a, b in zip(pages, pages[1:], strict=False))
+        return pages[-1] - pages[0] == len(pages) - 1 and all(b - a == 1 for a, b in pairwise(pages))
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, each [slots, kv_heads, head_dim]; made when the layer's first tokens arrive.

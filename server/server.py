@@ -117,9 +117,7 @@ class Server:
     def _load(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        span = load_span(
-            checkpoint, self.span, dtype=dtype, quantization=self.config.quantization, device=device
-        )
+        span = load_span(checkpoint, self.span, dtype=dtype, quantization=self.config.quantization, device=device)
         return span, measure_throughput(span, self._cache)
 
     async def _choose_span(self) -> BlockSpan:
@@ -127,7 +125,7 @@ class Server:
         wanted = self.config.num_blocks or self.model.num_blocks
         if wanted > self.model.num_blocks:
             raise UsageError(
-                f"--num-blocks {wanted} is more than the model's {self.model.num_blocks} blocks; choose a smaller number"
+                f"--num-blocks {wanted} is more than the model's {self.model.num_blocks} blocks; choose fewer"
             )
         records = await Directory(self.node).servers(self.model.fingerprint)
         return choose_span(self.model.num_blocks, wanted, records)

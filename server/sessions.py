@@ -46,7 +46,7 @@ class Session:
             raise ProtocolError(f"row {row.row} has no tokens")
         if row.position > cache.length:
             raise ProtocolError(
-                f"row {row.row} goes on at position {row.position}, but this server has cached only {cache.length} tokens"
+                f"row {row.row} goes on at position {row.position}, but only {cache.length} tokens are cached here"
             )
         if row.position + row.num_tokens > self.max_length:
             raise SessionTooLong(

@@ -7,6 +7,7 @@ with `inputs_embeds` of shape [1, tokens, hidden_size]: the flattened batch.
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -22,7 +23,13 @@ class Span:
     """Blocks [blocks.start, blocks.end) of a model on one device."""
 
     def __init__(
-        self, model: nn.Module, architecture: Architecture, blocks: BlockSpan, *, device: torch.device, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        blocks: BlockSpan,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ):
         self.blocks = blocks
         self.device = device
@@ -50,7 +57,7 @@ class Span:
         for chunk in chunks:
             firsts.append(firsts[-1] + chunk.num_tokens)
         hidden = hidden.clone()
-        for start, end in zip(boundaries, boundaries[1:], strict=False):
+        for start, end in pairwise(boundaries):
             active = [index for index, chunk in enumerate(chunks) if chunk.start <= start and end <= chunk.end]
             if not active:
                 continue

@@ -100,7 +100,9 @@ class ServerInfo(Frozen):
     cache_tokens_left: Annotated[int, Field(ge=0, le=2**40)]
     public_name: Annotated[str, Field(max_length=64)] = ""
     software: Annotated[str, Field(max_length=32)] = ""
-    next_pings: Annotated[dict[PeerName, Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]], Field(max_length=64)] = {}
+    next_pings: Annotated[
+        dict[PeerName, Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]], Field(max_length=64)
+    ] = {}
 
     @field_validator("public_name", "software")
     @classmethod

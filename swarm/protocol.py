@@ -128,8 +128,7 @@ class ErrorReply(Message):
 
 
 _KINDS: dict[str, type[Message]] = {
-    cls.kind: cls
-    for cls in (OpenSession, SessionOpened, StepRequest, StepResult, CloseSession, Moving, ErrorReply)
+    cls.kind: cls for cls in (OpenSession, SessionOpened, StepRequest, StepResult, CloseSession, Moving, ErrorReply)
 }
 
 

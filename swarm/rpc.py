@@ -89,7 +89,14 @@ def _translated(peer_id: str, action: str, timeout: float) -> Iterator[None]:
         raise PeerTimeout(f"server {peer_id} did not {action} within {timeout:g} s") from error
     except P2PHandlerError as error:
         raise PeerRefused(f"server {peer_id} could not {action}: {error}") from error
-    except (ControlFailure, DispatchFailure, P2PDaemonError, ConnectionError, OSError, asyncio.IncompleteReadError) as error:
+    except (
+        ControlFailure,
+        DispatchFailure,
+        P2PDaemonError,
+        ConnectionError,
+        OSError,
+        asyncio.IncompleteReadError,
+    ) as error:
         raise PeerUnreachable(f"server {peer_id} cannot be reached: {error}") from error
 
 
