@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
 
 #: While no other server can take over from one that is leaving, look again once in this many seconds.
 MOVE_RETRY_PERIOD = 5.0
+
+
+@dataclass(frozen=True)
+class HopTimes:
+    """What one server took of one step, in seconds.
+
+    waited: from our request to its answer. Of this, by its own clock, the tokens were queued and computed; the rest is
+    the network and the handling on both sides.
+    """
+
+    waited: float
+    queued: float
+    computed: float
 
 
 class InferenceSession:
@@ -59,6 +73,8 @@ class InferenceSession:
         self.num_rows = num_rows
         self.max_length = max_length
         self.lengths = [0] * num_rows
+        #: of the latest step, one entry for each server of the chain
+        self.last_times: tuple[HopTimes, ...] = ()
         self._span = span
         self._thread = thread
         self._router = router
@@ -161,20 +177,24 @@ class InferenceSession:
         """One step through the chain; a hop that fails is replaced, and the step goes on where it was."""
         retries = self._failover.retries()
         await self._prepare_chain(rows)
+        times: list[HopTimes] = []
         index = 0
         while index < len(self._hops):
             hop = self._hops[index]
+            started = time.perf_counter()
             try:
                 output = await hop.span.step(rows, hidden)
             except SERVER_FAULTS as error:
                 await self._failover.replace(self._hops, index, error, self.lengths, retries)
                 self._show_route()
                 continue
+            times.append(HopTimes(time.perf_counter() - started, output.queue_time, output.compute_time))
             hop.history.write(rows, hidden)
             hidden = output.hidden
             index += 1
         for row in rows:
             self.lengths[row.row] = row.position + row.num_tokens
+        self.last_times = tuple(times)
         return hidden
 
     async def _prepare_chain(self, rows: Sequence[RowSlice]) -> None:

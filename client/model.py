@@ -57,7 +57,7 @@ class SwarmConnection:
                 config=RouterConfig(**config.model_dump(include=set(RouterConfig.model_fields))),
             )
             self.client = SwarmBlockClient(node, fingerprint, config)
-            self.thread.run(self.router.refresh(force=True))
+            self.thread.run(self.router.check_served())
         except BaseException:
             self.thread.stop()
             raise

@@ -123,6 +123,12 @@ class Router:
             self._num_reads += 1
             self._pings.keep_only({record.peer_id for record in self._records})
 
+    async def check_served(self) -> None:
+        """Raises ModelNotServed if nobody announces these weights; NetworkError of the directory passes through."""
+        await self.refresh()
+        if not self._records:
+            raise ModelNotServed(await self._describe_other_models())
+
     async def find_chain(
         self,
         span: BlockSpan,

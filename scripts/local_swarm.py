@@ -166,6 +166,7 @@ class LocalSwarm:
         spec = spec if isinstance(spec, ServerSpec) else ServerSpec(spec)
         spec = ServerSpec(spec.blocks, (*self._flags, *spec.flags))
         index = len(self.servers)
+        self._on_progress(index, "starting")
         server = ServerProcess(
             self.model,
             spec,

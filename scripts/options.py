@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from swarm.errors import UsageError
+
 InitialPeers = Annotated[
     list[str] | None,
     typer.Option(
@@ -41,6 +43,16 @@ def spread_addresses(args: Sequence[str]) -> list[str]:
             option = name if name in _ADDRESS_OPTIONS else None
         spread.append(arg)
     return spread
+
+
+def required_peers(initial_peers: Sequence[str] | None) -> list[str]:
+    """The addresses in the value of --initial-peers. Raises UsageError if there are none."""
+    from swarm.addresses import split_addresses
+
+    peers = split_addresses(initial_peers or [])
+    if not peers:
+        raise UsageError("say which swarm: --initial-peers ADDR... with the address of a live peer")
+    return peers
 
 
 def set_up_logging(verbose: bool) -> None:

@@ -67,7 +67,9 @@ class Announcer:
     async def _beat(self) -> None:
         while True:
             try:
-                await asyncio.wait_for(self._touched.wait(), self._period)
+                # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+                async with asyncio.timeout(self._period):
+                    await self._touched.wait()
             except TimeoutError:
                 await self._ping_successors()
             try:

@@ -1,7 +1,8 @@
 """The attention function that blocks call while they run a flattened batch: reads and writes the paged cache per row.
 
 It is registered with transformers under the name "swarm" and stands in for "sdpa" or "eager", so the model's own code
-does everything around it (projections, rotary embeddings, norms of queries and keys).
+does everything around it (projections, rotary embeddings, norms of queries and keys). Whoever changes what this file
+computes raises `numerics.KERNEL_VERSION`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .batch import FlatBatch, RowView
 
 NAME = "swarm"
-
-#: Changes when this file computes differently: part of the numerics tag that servers announce.
-KERNEL_VERSION = "paged1"
 
 
 def paged_attention(

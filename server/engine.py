@@ -118,10 +118,14 @@ class Engine:
     def _run(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        while (tasks := self._wait_for_work()) is not None:
-            self.step(tasks)
-        for task in self._tasks:
-            _fail(task, EngineError("the server is stopping"))
+        try:
+            while (tasks := self._wait_for_work()) is not None:
+                self.step(tasks)
+        finally:  # also if a bug of ours ends this thread: nobody shall wait for it in vain
+            with self._wake:
+                self._stopping = True
+            for task in self._tasks:
+                _fail(task, EngineError("the server is stopping"))
 
     def _wait_for_work(self) -> list[StepTask] | None:
         with self._wake:
@@ -136,16 +140,16 @@ class Engine:
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""
         pieces = self._schedule(tasks)
-        if pieces:
-            started = time.monotonic()
-            try:
-                output = self._forward(pieces)
-            except Exception as error:
-                logger.exception("a batch of %d rows failed", len(pieces))
-                for piece in pieces:
-                    _fail(piece.task, EngineError(f"the forward pass failed: {type(error).__name__}: {error}"))
-                return
-            self._collect(pieces, output, started)
+        started = time.monotonic()
+        try:
+            if pieces:
+                self._collect(pieces, self._forward(pieces), started)
+        except Exception as error:
+            logger.exception("a batch of %d rows failed", len(pieces))
+            for piece in pieces:
+                _fail(piece.task, EngineError(f"the forward pass failed: {type(error).__name__}: {error}"))
+        finally:
+            self.cache.let_go(piece.chunk.cache for piece in pieces)
         for task in tasks:
             if task.done and task.output is not None:
                 _finish(task, StepOutput(task.output, task.queue_time, task.compute_time))
@@ -168,12 +172,12 @@ class Engine:
         return pieces
 
     def _make_room(self, task: StepTask, index: int, num_tokens: int) -> RowChunk | None:
-        """Cache pages for the next tokens of a row. None if its session has ended or grows too long."""
+        """Cache pages for the next tokens of a row, held for this batch. None if its session ended or gets too long."""
         row = task.rows[index]
         position = row.position + task.progress[index]
         try:
             self.cache.truncate(row.cache, position)
-            if self.cache.grow(row.cache, position + num_tokens):
+            if self.cache.grow(row.cache, position + num_tokens) and self.cache.hold(row.cache):
                 return RowChunk(row.cache, position, num_tokens, task.start, task.end)
             _fail(task, EngineError("the session ended while its step was waiting"))
         except SwarmError as error:

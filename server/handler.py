@@ -78,11 +78,11 @@ class Handler:
     async def drain(self, timeout: float) -> None:
         """Take no more sessions, tell the running ones to move, and wait until they did, `timeout` seconds at most."""
         self.draining = True
-        for stream in list(self._streams):
-            await stream.tell_moving()
-        deadline = asyncio.get_running_loop().time() + timeout
-        while self._streams and asyncio.get_running_loop().time() < deadline:
-            await asyncio.wait({stream.task for stream in self._streams}, timeout=0.1)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):  # telling too: a peer that reads nothing must not keep us here
+                await asyncio.gather(*(stream.tell_moving() for stream in self._streams))
+                while self._streams:
+                    await asyncio.wait({stream.task for stream in self._streams})
         for stream in list(self._streams):
             stream.task.cancel()
 
@@ -128,7 +128,6 @@ class _SessionStream:
             while True:
                 message, payload = await self._next_message()
                 if isinstance(message, CloseSession):
-                    self._handler.sessions.get(message.session_id, self._peer_id)
                     return
                 await self._dispatch(message, payload)
         except PeerUnreachable:
@@ -148,10 +147,23 @@ class _SessionStream:
         while True:
             try:
                 async with asyncio.timeout(self._handler.idle_limit):
-                    return await self._stream.receive()
+                    return await self._stream.receive(self._check_sender)
             except TimeoutError:
                 if self._reply is None or self._reply.done():
                     raise SessionLost(f"no step for {self._handler.idle_limit:g} s: the session is closed") from None
+
+    def _check_sender(self, message: Message, payload_size: int) -> None:
+        """Refuse a tensor of somebody who holds no session here before it takes memory."""
+        if isinstance(message, StepRequest | CloseSession):
+            self._own_session(message.session_id)
+        elif payload_size:
+            raise ProtocolError(f"{type(message).__name__} messages carry no tensor")
+
+    def _own_session(self, session_id: str) -> Session:
+        session = self._handler.sessions.get(session_id, self._peer_id)
+        if session is not self._session:
+            raise PeerRefused(f"session {session_id} was opened on another stream")
+        return session
 
     async def _dispatch(self, message: Message, payload: bytes) -> None:
         if self._reply is not None and not self._reply.done():
@@ -160,10 +172,7 @@ class _SessionStream:
             if isinstance(message, OpenSession):
                 await self._open(message)
             elif isinstance(message, StepRequest):
-                session = self._handler.sessions.get(message.session_id, self._peer_id)
-                if session is not self._session:
-                    raise PeerRefused(f"session {message.session_id} was opened on another stream")
-                task = self._check(session, message, payload)
+                task = self._check(self._own_session(message.session_id), message, payload)
                 self._reply = asyncio.create_task(self._answer(message.step, task))
             else:
                 raise ProtocolError(f"a server takes no {type(message).__name__} messages")
@@ -177,7 +186,7 @@ class _SessionStream:
             raise ProtocolError("a stream carries one session, and this one has its own already")
         self._session = self._handler.open_session(request, self._peer_id)
         left = self._handler.engine.cache.tokens_left
-        await self._stream.send(SessionOpened(session_id=request.session_id, cache_tokens_left=left))
+        await self._send(SessionOpened(session_id=request.session_id, cache_tokens_left=left))
 
     def _check(self, session: Session, request: StepRequest, payload: bytes) -> StepTask:
         span = self._handler.engine.span
@@ -191,7 +200,8 @@ class _SessionStream:
     async def _answer(self, step: int, task: StepTask) -> None:
         future = self._handler.engine.submit(task)
         try:
-            output = await asyncio.wait_for(asyncio.wrap_future(future), self._handler.step_timeout)
+            async with asyncio.timeout(self._handler.step_timeout):
+                output = await asyncio.wrap_future(future)
             meta, payload = to_bytes(output.hidden)
             result = StepResult(
                 step=step,
@@ -200,7 +210,7 @@ class _SessionStream:
                 compute_time=output.compute_time,
                 moving=self._handler.draining,
             )
-            await self._stream.send(result, payload)
+            await self._send(result, payload)
         except TimeoutError:
             await self._refuse(EngineError(f"the step did not finish within {self._handler.step_timeout:g} s"))
         except PeerUnreachable:
@@ -212,11 +222,20 @@ class _SessionStream:
 
     async def tell_moving(self) -> None:
         with contextlib.suppress(PeerUnreachable):
-            await self._stream.send(Moving())
+            await self._send(Moving())
 
     async def _refuse(self, error: SwarmError) -> None:
         name, text = to_wire(error)
         logger.info("refused a request of %s: %s: %s", self._peer_id, name, text)
         tokens_left = error.tokens_left if isinstance(error, CacheFull) else None
         with contextlib.suppress(PeerUnreachable):
-            await self._stream.send(ErrorReply(error=name, message=text[:2000], tokens_left=tokens_left))
+            await self._send(ErrorReply(error=name, message=text[:2000], tokens_left=tokens_left))
+
+    async def _send(self, message: Message, payload: bytes | memoryview = b"") -> None:
+        """Raises PeerUnreachable if the stream is broken, or its peer reads nothing for the idle limit."""
+        try:
+            async with asyncio.timeout(self._handler.idle_limit):
+                await self._stream.send(message, payload)
+        except TimeoutError:
+            self._stream.abort()  # ends the session, which would keep its cache for ever
+            raise PeerUnreachable("the other side does not read its answers") from None

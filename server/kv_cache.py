@@ -21,13 +21,14 @@ from swarm.errors import CacheFull, SessionTooLong
 class RowCache:
     """One row's share of the cache: `length` tokens in `pages`, at most `max_length`. Owned by `KVCache`."""
 
-    __slots__ = ("length", "max_length", "pages", "released")
+    __slots__ = ("held", "length", "max_length", "pages", "released")
 
     def __init__(self, max_length: int):
         self.max_length = max_length
         self.length = 0
         self.pages: list[int] = []
         self.released = False
+        self.held = False
 
 
 class KVCache:
@@ -70,14 +71,32 @@ class KVCache:
         return [RowCache(max_length) for _ in range(num_rows)]
 
     def release(self, rows: Iterable[RowCache]) -> None:
-        """Give back pages and reservation. Releasing twice does no harm."""
+        """Give back pages and reservation. Releasing twice does no harm.
+
+        The pages of a held row follow when the batch lets it go: before the next batch, so before anybody needs them.
+        """
         with self._lock:
             for row in rows:
                 if row.released:
                     continue
                 row.released = True
                 self._reserved_pages -= self._pages_for(row.max_length)
-                self._give_back(row, 0)
+                if not row.held:
+                    self._give_back(row, 0)
+
+    def hold(self, row: RowCache) -> bool:
+        """Keep the row's pages from everybody else while a batch uses them. False if the row was released before."""
+        with self._lock:
+            row.held = not row.released
+            return row.held
+
+    def let_go(self, rows: Iterable[RowCache]) -> None:
+        """The batch is done. Pages of rows that were released meanwhile are given back."""
+        with self._lock:
+            for row in rows:
+                row.held = False
+                if row.released:
+                    self._give_back(row, 0)
 
     # --- growth --------------------------------------------------------------------------------------------------
 

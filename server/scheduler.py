@@ -20,20 +20,21 @@ class Waiting:
 def next_batch(waiting: Sequence[Waiting], max_tokens: int) -> list[int]:
     """How many tokens to take of each entry of `waiting` (oldest first) in the next batch, max_tokens at most in all.
 
-    Decode rows go first. Prompts fill what is left, oldest first, and get at least 1/8 of the budget, so neither kind
-    starves the other. If anything waits, something is taken.
+    Decode rows go first. Prompts fill what is left, oldest first, and get at least 1/8 of the budget if they need it,
+    so neither kind starves the other. If anything waits, something is taken.
     """
+    if max_tokens == 1:  # not to be shared: the oldest goes, of whatever kind
+        return [int(index == 0) for index in range(len(waiting))]
     taken = [0] * len(waiting)
-    prompts = [index for index, entry in enumerate(waiting) if not entry.decode]
-    reserve = max(1, max_tokens // PREFILL_SHARE) if prompts else 0
+    in_prompts = sum(entry.num_tokens for entry in waiting if not entry.decode)
+    reserve = min(max(1, max_tokens // PREFILL_SHARE), in_prompts)
     budget = max_tokens
     for index, entry in enumerate(waiting):
-        if entry.decode and entry.num_tokens <= budget - reserve:
-            taken[index] = entry.num_tokens
-            budget -= entry.num_tokens
-    for index in prompts:
-        taken[index] = min(waiting[index].num_tokens, budget)
-        budget -= taken[index]
-    if waiting and not any(taken):
-        taken[0] = min(waiting[0].num_tokens, max_tokens)
+        if entry.decode:
+            taken[index] = min(entry.num_tokens, budget - reserve)
+            budget -= taken[index]
+    for index, entry in enumerate(waiting):
+        if not entry.decode:
+            taken[index] = min(entry.num_tokens, budget)
+            budget -= taken[index]
     return taken

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 import swarm
-from swarm.architectures import check_span, num_blocks
+from swarm.architectures import architecture_of, check_span, num_blocks
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory
@@ -23,8 +23,7 @@ from .config import ServerConfig
 from .engine import Engine
 from .handler import Handler
 from .kv_cache import KVCache
-from .loader import load_span
-from .quantization import numerics_tag
+from .numerics import numerics_tag
 from .sessions import SessionTable
 from .throughput import measure_throughput
 
@@ -54,7 +53,7 @@ class Server:
         """
         config = self.config
         device = _device(config.device)
-        # Joining waits for the network and reading the checkpoint imports transformers: side by side they cost half.
+        # Joining mostly waits, opening the checkpoint mostly imports transformers: side by side.
         joining = asyncio.create_task(self._join())
         self._report(f"opening {config.model}")
         try:
@@ -117,6 +116,8 @@ class Server:
     def _load(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        from .loader import load_span
+
         span = load_span(checkpoint, self.span, dtype=dtype, quantization=self.config.quantization, device=device)
         return span, measure_throughput(span, self._cache)
 
@@ -179,6 +180,7 @@ class Server:
 
 def _open(config: ServerConfig) -> tuple[Checkpoint, str]:
     checkpoint = open_checkpoint(config.model, revision=config.revision)
+    architecture_of(checkpoint.config)  # imports the model's code, which takes seconds, while the node joins
     return checkpoint, checkpoint.fingerprint()
 
 

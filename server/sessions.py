@@ -1,8 +1,7 @@
-"""The sessions that a server holds: who owns them, which cache rows they have, when they were last used."""
+"""The sessions that a server holds: who owns them, and which cache rows they have."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from swarm.data_structures import BlockSpan
@@ -22,7 +21,6 @@ class Session:
         self.span: BlockSpan = request.span
         self.max_length = request.max_length
         self.rows = rows
-        self.last_used = time.monotonic()
 
     def check_step(self, request: StepRequest, hidden_size: int) -> list[RowWork]:
         """The work that a step asks for. Raises ProtocolError, SessionTooLong or NotSupported naming what is wrong."""
@@ -82,7 +80,6 @@ class SessionTable:
             raise SessionLost(f"no session {session_id} here: it was closed, or never opened")
         if session.owner != peer_id:
             raise PeerRefused(f"session {session_id} belongs to another peer")
-        session.last_used = time.monotonic()
         return session
 
     def close(self, session: Session) -> None:

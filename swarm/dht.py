@@ -84,12 +84,11 @@ class Directory:
         subkey = self._node.validator.local_public_key
         contents = [content, _WITHDRAWN if info.state == ServerState.OFFLINE else write_record(model)]
         try:
-            stored = await asyncio.wait_for(
-                self._node.dht.store_many(
+            # Not wait_for, here and elsewhere: in Python 3.11 it may swallow a cancellation.
+            async with asyncio.timeout(_TIMEOUT):
+                stored = await self._node.dht.store_many(
                     keys, contents, expires, subkeys=[subkey, subkey], exclude_self=not self._node.config.listen
-                ),
-                _TIMEOUT,
-            )
+                )
         except Exception as error:
             raise NetworkError(f"could not announce this server: {_reason(error)}") from error
         if not all(stored.values()):
@@ -147,9 +146,10 @@ class Directory:
             try:
                 # NaN: no expiration is late enough to end the search early, not even the infinite one that a stranger's
                 # reply may claim; so every peer near the key is asked and the latest record of each server wins.
-                found: dict[str, Any] = await asyncio.wait_for(
-                    self._node.dht.get_many(keys, sufficient_expiration_time=float("nan")), _TIMEOUT
-                )
+                async with asyncio.timeout(_TIMEOUT):
+                    found: dict[str, Any] = await self._node.dht.get_many(
+                        keys, sufficient_expiration_time=float("nan")
+                    )
             except Exception as error:
                 raise NetworkError(f"could not read the records of the swarm: {_reason(error)}") from error
             if self._node.config.listen or self._node.knows_others():

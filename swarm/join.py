@@ -58,7 +58,8 @@ class InitialPeers:
             for task in meetings:
                 task.cancel()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._dht.find_nearest_nodes([self._dht.node_id]), _NEIGHBOURS)
+            async with asyncio.timeout(_NEIGHBOURS):
+                await self._dht.find_nearest_nodes([self._dht.node_id])
 
     async def keep_joined(self, period: float) -> None:
         """Meet the initial peers again and again: one that restarted knows nobody until somebody calls."""

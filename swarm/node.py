@@ -104,6 +104,8 @@ class Node:
         self.validator = RecordValidator(identity.private_key, self.complaints)
         control = folder / "p2pd.sock"
         self._daemon = await self._start_daemon(identity, control)
+        if self.config.identity_path is None:
+            identity.path.unlink()  # p2pd has read it; a killed process shall leave no key behind
 
         # P2P puts the socket for incoming streams at a class-wide prefix; ours lies in the private folder.
         p2p_class: type[P2P] = type("P2PInFolder", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})

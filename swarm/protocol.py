@@ -20,7 +20,7 @@ from hivemind.proto import runtime_pb2
 from pydantic import Field, ValidationError
 
 from .data_structures import PROTOCOL_VERSION, BlockSpan, Fingerprint, Frozen
-from .errors import ProtocolError
+from .errors import MessageTooLarge, ProtocolError
 
 INFERENCE_STREAM = f"petswarm/inference/{PROTOCOL_VERSION}"
 
@@ -133,10 +133,10 @@ _KINDS: dict[str, type[Message]] = {
 
 
 def pack(message: Message) -> bytes:
-    """A message as bytes, without its tensor. Raises ProtocolError if it is over MAX_HEADER_BYTES."""
+    """A message as bytes, without its tensor. Raises MessageTooLarge if it is over MAX_HEADER_BYTES."""
     data: bytes = msgpack.packb([message.kind, message.model_dump()], use_bin_type=True)
     if len(data) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a {message.kind} message of {len(data)} bytes is over the limit of {MAX_HEADER_BYTES}")
+        raise MessageTooLarge(f"a {message.kind} message of {len(data)} bytes is over the limit of {MAX_HEADER_BYTES}")
     return data
 
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
@@ -56,9 +56,11 @@ class FrameStream:
         except (ConnectionError, RuntimeError, OSError) as error:
             raise PeerUnreachable(f"the connection broke: {error}") from error
 
-    async def receive(self) -> tuple[Message, bytes]:
+    async def receive(self, check: Callable[[Message, int], None] | None = None) -> tuple[Message, bytes]:
         """Read one frame.
 
+        check: called with the message and its payload's length before the payload is read, so that what it refuses by
+        raising costs no memory; the stream is of no use afterwards.
         Raises PeerUnreachable at the stream's end, MessageTooLarge for a frame over the limits (of which nothing was
         read: the stream is of no use afterwards), ProtocolError for a header that is no message.
         """
@@ -69,11 +71,17 @@ class FrameStream:
                     f"a message of {header_size} + {payload_size} bytes is over the limit of "
                     f"{MAX_HEADER_BYTES} + {MAX_PAYLOAD_BYTES}"
                 )
-            header = await self._reader.readexactly(header_size)
+            message = unpack(await self._reader.readexactly(header_size))
+            if check is not None:
+                check(message, payload_size)
             payload = await self._reader.readexactly(payload_size) if payload_size else b""
         except (asyncio.IncompleteReadError, ConnectionError, OSError) as error:
             raise PeerUnreachable("the other side closed the connection") from error
-        return unpack(header), payload
+        return message, payload
+
+    def abort(self) -> None:
+        """Drop the stream with all that was not sent yet; the reader sees its end."""
+        self._writer.transport.abort()
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # a stream that cannot be closed is closed
@@ -106,9 +114,8 @@ async def open_stream(p2p: P2P, peer_id: str, timeout: float) -> FrameStream:
     Raises PeerUnreachable or PeerTimeout.
     """
     with _translated(peer_id, "accept a connection", timeout):
-        _, reader, writer = await asyncio.wait_for(
-            p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), INFERENCE_STREAM), timeout
-        )
+        async with asyncio.timeout(timeout):
+            _, reader, writer = await p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), INFERENCE_STREAM)
     return FrameStream(reader, writer)
 
 

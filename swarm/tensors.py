@@ -36,5 +36,6 @@ def from_bytes(meta: TensorMeta, data: bytes | bytearray) -> torch.Tensor:
             f"a tensor of shape {list(meta.shape)} in {meta.dtype} takes {wanted} bytes, but {len(data)} arrived"
         )
     if wanted == 0:
-        return torch.empty(meta.shape, dtype=dtype)
+        # Not torch.empty(shape): beside a zero, the other sizes of a stranger's shape may overflow.
+        raise ProtocolError(f"a tensor of shape {list(meta.shape)} holds nothing")
     return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=dtype).reshape(meta.shape)

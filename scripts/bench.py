@@ -1,0 +1,17 @@
+"""`swarm bench NAME --json FILE`: what this machine makes of the swarm, each figure beside its local baseline."""
+
+from __future__ import annotations
+
+import typer
+
+from .bench_decode import decode
+from .bench_memory import memory
+from .bench_startup import startup
+
+app = typer.Typer(
+    help="Measure on this machine, with swarms of its own on loopback. Use an idle machine.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+for command in (decode, memory, startup):
+    app.command()(command)

@@ -1,0 +1,59 @@
+"""What the demo is compared with: the whole model in plain transformers, in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from swarm.server.quantization import quantization_config
+
+if TYPE_CHECKING:
+    from swarm.server.config import Quantization
+
+Result = TypeVar("Result")
+
+
+def load_reference(source: str, quantization: Quantization) -> Any:
+    """The model of a folder or hub id in float32, its weights quantised as the servers do it."""
+    quantized = quantization_config(quantization, torch.float32)
+    options = {} if quantized is None else {"quantization_config": quantized, "device_map": "cpu"}
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
+
+
+def answer_tokens(model: Any, prompt: list[int], limits: dict[str, int], streamer: Any = None) -> list[int]:
+    """Greedy tokens after the prompt, from a plain model or one over the swarm. limits: keywords of `generate`."""
+    input_ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, streamer=streamer, **limits
+        )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+class Background(Generic[Result]):
+    """Runs a function in a thread that does not keep this process from ending."""
+
+    def __init__(self, function: Callable[[], Result]):
+        self._function = function
+        self._results: list[Result] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._function())
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Result:
+        """Wait for what the function returns. Raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._results[0]

@@ -1,0 +1,92 @@
+"""What tests of commands share: a command run in this process, a tiny model that can be talked to, and its swarm."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm.scripts import main as front_door
+from swarm.scripts.local_swarm import LocalSwarm, ServerSpec
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that says what was wrong; there may be others of progress, and no others."""
+        lines = [line for line in self.err.splitlines() if not line.endswith("...")]
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def run_swarm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """`run_swarm("health", ...)` runs a command in this process: all of it, but for the interpreter's start."""
+
+    def run(*args: Any) -> Finished:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            front_door.main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return Finished(int(exit_.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_folder(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a tokenizer of 256 words (`w4` ... `w255` and a few for its chat template)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-chat"
+    shutil.copytree(tiny_llama_folder, folder)
+    words = ["<unknown>", "<user>", "<assistant>", "<end>", *(f"w{number}" for number in range(4, 256))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=(
+            "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end> {% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_swarm(tiny_chat_folder: Path) -> Iterator[LocalSwarm]:
+    """Blocks 0:4 and 4:8 of `tiny_chat_folder`, each on a server of its own."""
+    evil = ("--public-name", "[red]evil[/red]")
+    with LocalSwarm(tiny_chat_folder, [ServerSpec("0:4", evil), "4:8"], flags=["--threads", "1"]) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="session")
+def continue_locally(tiny_chat_folder: Path) -> Callable[..., list[int]]:
+    """`continue_locally(tokens, max_new_tokens=...)`: the new tokens that plain transformers gives, greedy by default."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder, dtype=torch.float32)
+
+    def generate(tokens: list[int], **settings: Any) -> list[int]:
+        settings = {"do_sample": False, "use_cache": True, **settings}
+        output = model.generate(torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens)), **settings)
+        new: list[int] = output[0, len(tokens) :].tolist()
+        return new
+
+    return generate

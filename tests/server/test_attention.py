@@ -1,0 +1,145 @@
+"""Every family, many sessions flattened into one batch: the hidden states of plain transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from swarm.architectures import TESTED
+from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.data_structures import BlockSpan
+from swarm.server.loader import load_span
+
+NUM_BLOCKS = 7
+#: Odd boundaries: families that alternate kinds of blocks must not get out of step.
+SPANS = [BlockSpan(start=0, end=1), BlockSpan(start=1, end=4), BlockSpan(start=4, end=NUM_BLOCKS)]
+WINDOW = 8
+
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.5},
+    "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 0.5},
+    "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16, "_sliding_window_pattern": 3},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3},
+    "smollm3": {"no_rope_layer_interval": 3},
+}
+
+#: Which families make which difference to attention, so that the tests below are known to meet it.
+WINDOWED = {"gemma2", "gemma3_text", "mistral", "qwen2"}
+SOFTCAPPED = {"gemma2"}
+
+
+def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
+    defaults = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": NUM_BLOCKS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_implementation": "eager",
+    }
+    return AutoConfig.for_model(model_type, **{**defaults, **FAMILY_SETTINGS.get(model_type, {}), **settings})
+
+
+def saved_model(config: PretrainedConfig, folder: Path) -> tuple[Any, Checkpoint]:
+    """A random model, and its checkpoint. Its weights are large enough for attention to be far from uniform."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(mean=float(parameter.dim() == 1), std=0.3)
+    model.save_pretrained(folder)
+    return model, open_checkpoint(str(folder))
+
+
+def spans_of(checkpoint: Checkpoint) -> list[Any]:
+    settings = {"dtype": torch.float32, "quantization": "none", "device": torch.device("cpu")}
+    return [load_span(checkpoint, span, **settings) for span in SPANS]
+
+
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 101, (length,), generator=generator) for length in lengths]
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["contiguous", "scattered"])
+@pytest.mark.parametrize("model_type", sorted(TESTED))
+def test_sessions_in_one_batch_have_the_hidden_states_of_plain_transformers(
+    model_type: str,
+    scattered: bool,
+    tmp_path: Path,
+    hidden_at_boundaries: Callable[..., list[torch.Tensor]],
+    make_replay: Callable[..., Any],
+) -> None:
+    model, checkpoint = saved_model(tiny_config(model_type), tmp_path)
+    references = [hidden_at_boundaries(model, ids) for ids in prompts(30, 21, 12)]
+    for span in spans_of(checkpoint):
+        replay = make_replay(span, cache_tokens=256)
+        if scattered:
+            replay.scatter_free_pages()
+        long, middle, short = (replay.open(reference) for reference in references)
+        replay.run((long, 11), (short, 12))  # whole prompts of different length
+        replay.run((middle, 5), (long, 1))  # a prompt beside decoding
+        replay.run((long, 9), (middle, 13))  # chunks of prompts, one of them across the window's edge
+        for _ in range(3):
+            replay.run((middle, 1), (long, 1))
+        replay.run((long, 6))
+        assert replay.cache.is_contiguous(long.row) is not scattered
+
+
+@pytest.mark.parametrize("model_type", sorted(WINDOWED | SOFTCAPPED))
+def test_the_models_above_do_use_windows_and_soft_caps(model_type: str, tmp_path: Path) -> None:
+    (ids,) = prompts(30)
+    different = {"sliding_window": 64} if model_type in WINDOWED else {}
+    if model_type in SOFTCAPPED:
+        different["attn_logit_softcapping"] = 50.0
+    logits = []
+    for settings in ({}, different):
+        model, _ = saved_model(tiny_config(model_type, **settings), tmp_path)
+        with torch.inference_mode():
+            logits.append(model(ids[None], use_cache=False).logits)
+    assert (logits[0] - logits[1]).abs().max() > 1e-2 * logits[0].abs().max()
+
+
+def test_a_batch_with_a_head_for_every_query(
+    tmp_path: Path, hidden_at_boundaries: Callable[..., list[torch.Tensor]], make_replay: Callable[..., Any]
+) -> None:
+    model, checkpoint = saved_model(tiny_config("llama", num_key_value_heads=4), tmp_path)
+    replay = make_replay(spans_of(checkpoint)[1])
+    first, second = (replay.open(hidden_at_boundaries(model, ids)) for ids in prompts(12, 9))
+    replay.run((first, 10), (second, 4))
+    replay.run((first, 1), (second, 5))
+    replay.run((first, 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_row_out_of_range_spoils_itself_alone(
+    value: float,
+    tmp_path: Path,
+    hidden_at_boundaries: Callable[..., list[torch.Tensor]],
+    make_replay: Callable[..., Any],
+) -> None:
+    model, checkpoint = saved_model(tiny_config("gemma2"), tmp_path)
+    replay = make_replay(spans_of(checkpoint)[1])
+    honest, later = (replay.open(hidden_at_boundaries(model, ids)) for ids in prompts(12, 12))
+    evil = replay.open([torch.full_like(hidden, value) for hidden in honest.boundaries])
+    replay.run((honest, 5))
+    with pytest.raises(AssertionError, match="row 1 of the batch"):  # and not row 0
+        replay.run((honest, 6), (evil, 12))
+    replay.run((honest, 1), position=11)
+    # The next owner of its pages sees nothing of it.
+    replay.cache.release([evil.row])
+    replay.run((later, 6))
+    replay.run((later, 6))
