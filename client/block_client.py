@@ -13,7 +13,17 @@ from typing import Protocol
 
 import torch
 
-from swarm.errors import PeerTimeout, ProtocolError, SessionLost, from_wire
+from swarm.errors import (
+    NotSupported,
+    PeerRefused,
+    PeerTimeout,
+    ProtocolError,
+    SessionLost,
+    SessionTooLong,
+    SwarmError,
+    UsageError,
+    from_wire,
+)
 from swarm.node import Node
 from swarm.protocol import (
     ErrorReply,
@@ -100,8 +110,7 @@ class RemoteSpan:
         self._closed = False
 
     async def start(self, request: OpenSession, timeout: float) -> None:
-        await self._stream.send(request)
-        answer, _ = await self._receive(timeout, "accept a session")
+        answer, _ = await self._ask(request, b"", timeout, "accept a session")
         if not isinstance(answer, SessionOpened):
             raise ProtocolError(f"server {self._peer_id} answered {type(answer).__name__} to a request for a session")
 
@@ -112,8 +121,7 @@ class RemoteSpan:
         meta, payload = to_bytes(hidden)
         request = StepRequest(session_id=self.session_id, step=self._step, rows=tuple(rows), hidden=meta)
         try:
-            await self._stream.send(request, payload)
-            answer, data = await self._receive(self._timeout, "answer a step")
+            answer, data = await self._ask(request, payload, self._timeout, "answer a step")
         except asyncio.CancelledError:
             # The answer will come after all, and nobody will read it: this stream has lost its rhythm.
             self.close()
@@ -126,20 +134,32 @@ class RemoteSpan:
             raise ProtocolError(f"server {self._peer_id} answered with NaN or infinity")
         return SpanOutput(output, answer.queue_time, answer.compute_time)
 
-    async def _receive(self, timeout: float, action: str) -> tuple[Message, bytes]:
+    async def _ask(
+        self, request: Message, payload: bytes | memoryview, timeout: float, action: str
+    ) -> tuple[Message, bytes]:
+        """Send a request and wait for its answer. `timeout` is for both: a server that hangs stops reading, too."""
         try:
             async with asyncio.timeout(timeout):
-                while True:
-                    message, payload = await self._stream.receive()
-                    if isinstance(message, ErrorReply):
-                        raise from_wire(
-                            message.error, f"server {self._peer_id}: {message.message}", message.tokens_left
-                        )
-                    if not isinstance(message, Moving):
-                        return message, payload
-                    self.moving = True
+                await self._stream.send(request, payload)
+                return await self._receive()
         except TimeoutError as error:
             raise PeerTimeout(f"server {self._peer_id} did not {action} within {timeout:g} s") from error
+
+    async def _receive(self) -> tuple[Message, bytes]:
+        while True:
+            message, payload = await self._stream.receive()
+            if isinstance(message, ErrorReply):
+                raise self._error(message)
+            if not isinstance(message, Moving):
+                return message, payload
+            self.moving = True
+
+    def _error(self, reply: ErrorReply) -> SwarmError:
+        error = from_wire(reply.error, f"server {self._peer_id}: {reply.message}", reply.tokens_left)
+        if isinstance(error, UsageError | SessionTooLong | NotSupported):
+            # We checked our request ourselves, so this is about the server: it may have restarted with other blocks.
+            return PeerRefused(str(error))
+        return error
 
     def close(self) -> None:
         self._closed = True

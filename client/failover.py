@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -19,9 +20,9 @@ from swarm.errors import (
     CacheFull,
     EngineError,
     MissingBlocks,
+    NetworkError,
     NumericsMismatch,
     PeerError,
-    PeerRefused,
     ProtocolError,
     RoutingError,
     SessionLost,
@@ -43,11 +44,15 @@ SERVER_FAULTS = (PeerError, EngineError, ProtocolError)
 
 @dataclass
 class Hop:
-    """One server of a session's chain: its part of the blocks, its open stream, and what it was sent."""
+    """One server of a session's chain: its part of the blocks, its open stream, and what it was sent.
+
+    proven: it answered a step. That it took the session says little.
+    """
 
     link: ChainLink
     span: OpenSpan
     history: History
+    proven: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,29 +67,45 @@ class Replacement:
 
 
 class Retries:
-    """How often and how long one step may be tried again."""
+    """How often and how long one step may be tried again.
+
+    Its time runs from the first failure on: a server that hangs takes all of `request_timeout` to fail.
+    """
 
     def __init__(self, config: ClientConfig):
         self._config = config
-        self._started = time.monotonic()
+        self._started: float | None = None
         self._failures = 0
         self._delay = config.retry_delay
 
     async def after(self, error: SwarmError, *, wait: bool) -> None:
         """Count a failure; sleep before the next try if `wait`. Raises an error like `error` when tries are used up."""
         self._failures += 1
-        elapsed = time.monotonic() - self._started
         delay = self._delay if wait else 0.0
-        if self._failures > self._config.max_retries or elapsed + delay > self._config.retry_time:
-            text = f"{error} (gave up after {elapsed:.1f} s and {self._failures} attempts)"
-            if isinstance(error, MissingBlocks):
-                raise MissingBlocks(text, error.blocks) from error
-            if isinstance(error, CacheFull):
-                raise CacheFull(text, error.tokens_left) from error
-            raise (type(error) if isinstance(error, RoutingError) else RoutingError)(text) from error
+        if self._failures > self._config.max_retries or self._elapsed() + delay > self._config.retry_time:
+            self._give_up(error)
         if wait:
             self._delay = min(2 * self._delay, self._config.max_retry_delay)
             await asyncio.sleep(delay)
+
+    def uncounted(self, error: SwarmError) -> None:
+        """Before another try at once. It costs only time: raises like `after` when that is used up."""
+        if self._elapsed() > self._config.retry_time:
+            self._give_up(error)
+
+    def _elapsed(self) -> float:
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now
+        return now - self._started
+
+    def _give_up(self, error: SwarmError) -> NoReturn:
+        text = f"{error} (gave up after {self._elapsed():.1f} s and {self._failures} attempts)"
+        if isinstance(error, MissingBlocks):
+            raise MissingBlocks(text, error.blocks) from error
+        if isinstance(error, CacheFull):
+            raise CacheFull(text, error.tokens_left) from error
+        raise (type(error) if isinstance(error, RoutingError) else RoutingError)(text) from error
 
 
 class Failover:
@@ -110,7 +131,7 @@ class Failover:
             try:
                 return await self._open(span, History(self._num_rows, self._max_length), lengths=(), like=None)
             except (*SERVER_FAULTS, CacheFull) as error:
-                await retries.after(error, wait=isinstance(error, CacheFull))
+                await self._before_retry(retries, error)
 
     async def replace(
         self, hops: list[Hop], index: int, error: SwarmError, lengths: Sequence[int], retries: Retries
@@ -130,8 +151,8 @@ class Failover:
             try:
                 found = await self._open(lost.link.span, lost.history, lengths, like=lost.link)
                 break
-            except (*SERVER_FAULTS, CacheFull, RoutingError) as failure:
-                await retries.after(failure, wait=not isinstance(failure, SERVER_FAULTS))
+            except (*SERVER_FAULTS, CacheFull, RoutingError, NetworkError) as failure:
+                await self._before_retry(retries, failure)
         self._note(hops, index, found, str(error), lengths, started)
 
     async def move(self, hops: list[Hop], index: int, lengths: Sequence[int]) -> bool:
@@ -142,12 +163,24 @@ class Failover:
             found = await self._open(
                 leaving.link.span, leaving.history, lengths, like=leaving.link, exclude={leaving.link.peer_id}
             )
-        except (*SERVER_FAULTS, CacheFull, RoutingError) as error:
+        except (*SERVER_FAULTS, CacheFull, RoutingError, NetworkError) as error:
             logger.warning("cannot leave server %s yet: %s", leaving.link.peer_id, error)
             return False
         leaving.span.close()
         self._note(hops, index, found, "the server is leaving", lengths, started)
         return True
+
+    def answered(self, hop: Hop) -> None:
+        """A server did its work."""
+        if not hop.proven:
+            hop.proven = True
+            self._router.report_success(hop.link.peer_id)
+
+    async def _before_retry(self, retries: Retries, error: SwarmError) -> None:
+        if isinstance(error, CacheFull) and self._full:
+            retries.uncounted(error)  # servers are left that we did not ask yet
+        else:
+            await retries.after(error, wait=not isinstance(error, SERVER_FAULTS))
 
     def _note(
         self, hops: list[Hop], index: int, found: list[Hop], reason: str, lengths: Sequence[int], started: float
@@ -195,7 +228,7 @@ class Failover:
                 numerics=None if like is None else like.numerics,
                 exclude=self._full.union(exclude),
             )
-        except RoutingError as error:
+        except (RoutingError, CacheFull) as error:
             if not self._full:
                 raise
             self._full.clear()  # ask them again after a pause: sessions end all the time
@@ -204,13 +237,12 @@ class Failover:
     async def _open_hop(self, link: ChainLink, history: History) -> Hop:
         try:
             opened = await self._client.open(link, num_rows=self._num_rows, max_length=self._max_length)
-        except CacheFull as error:  # not a fault: try others first
+        except CacheFull:  # not a fault: try others first
             self._full.add(link.peer_id)
-            raise PeerRefused(str(error)) from error
+            raise
         except SERVER_FAULTS:
             self._router.report_failure(link.peer_id)
             raise
-        self._router.report_success(link.peer_id)
         return Hop(link, opened, history)
 
     async def _replay(self, hop: Hop, lengths: Sequence[int]) -> tuple[list[RowSlice], torch.Tensor]:
@@ -221,8 +253,8 @@ class Failover:
                 outputs.append((await hop.span.step(part_rows, part)).hidden)
         except SERVER_FAULTS:
             self._router.report_failure(hop.link.peer_id)
-            hop.span.close()
             raise
+        self.answered(hop)
         return rows, torch.cat(outputs)
 
     def _check_numerics(self, like: ChainLink, chain: Sequence[ChainLink]) -> None:

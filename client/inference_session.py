@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from swarm.node import NodeThread
 from swarm.protocol import RowSlice
 from swarm.routing.chain import Chain
 from swarm.routing.router import Router
+from swarm.tensors import DTYPES
 
 from .block_client import BlockClient
 from .config import ClientConfig
@@ -84,6 +87,7 @@ class InferenceSession:
         self._next_move = 0.0
         self._closed = False
         self._busy = threading.Lock()
+        self._running: asyncio.Task[torch.Tensor] | None = None
         self._cache: RemoteCache | None = None
 
     @property
@@ -126,8 +130,15 @@ class InferenceSession:
         if not self._busy.acquire(blocking=False):
             raise UsageError("this session is in use by another thread; open one session per thread")
         try:
-            self._check(rows)
-            return self._thread.run(self._step_in_parts(hidden, rows))
+            self._check(hidden, rows)
+            for row in rows:  # rewound: what lies behind the new position is gone, also if this step fails
+                self.lengths[row.row] = min(self.lengths[row.row], row.position)
+            lengths = list(self.lengths)
+            output = self._thread.run(self._step_in_parts(hidden, rows, lengths))
+            self.lengths = lengths  # not before all is done: a step that was interrupted can be sent again
+            return output
+        except concurrent.futures.CancelledError:
+            raise UsageError("this session was closed while it ran a step") from None
         finally:
             self._busy.release()
 
@@ -153,9 +164,17 @@ class InferenceSession:
     ) -> None:
         self.close()
 
-    def _check(self, rows: Sequence[RowSlice]) -> None:
+    def _check(self, hidden: torch.Tensor, rows: Sequence[RowSlice]) -> None:
+        """Our own errors must not reach the servers: they would be blamed for refusing."""
         if self._closed:
             raise UsageError("this session is closed")
+        num_tokens = sum(row.num_tokens for row in rows)
+        if hidden.dim() != 2 or len(hidden) != num_tokens:
+            raise UsageError(f"hidden states of shape {list(hidden.shape)} for rows of {num_tokens} tokens")
+        if hidden.dtype not in DTYPES.values():
+            raise UsageError(f"hidden states of {hidden.dtype} do not travel; use one of {', '.join(DTYPES)}")
+        if not torch.isfinite(hidden).all():
+            raise UsageError("the hidden states hold NaN or infinity")
         for row in rows:
             if row.row >= self.num_rows:
                 raise UsageError(f"row {row.row} of a session that was opened for {self.num_rows} rows")
@@ -169,14 +188,24 @@ class InferenceSession:
                     f"max_length of {self.max_length}"
                 )
 
-    async def _step_in_parts(self, hidden: torch.Tensor, rows: Sequence[RowSlice]) -> torch.Tensor:
-        parts = [await self._step(part, part_rows) for part_rows, part in split_step(rows, hidden)]
+    async def _step_in_parts(self, hidden: torch.Tensor, rows: Sequence[RowSlice], lengths: list[int]) -> torch.Tensor:
+        if self._running is not None:  # a step that Ctrl-C interrupted may still be on its way out
+            self._running.cancel()
+            await asyncio.wait({self._running})
+        self._running = asyncio.current_task()
+        try:
+            parts = [await self._step(part, part_rows, lengths) for part_rows, part in split_step(rows, hidden)]
+        finally:
+            self._running = None
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    async def _step(self, hidden: torch.Tensor, rows: Sequence[RowSlice]) -> torch.Tensor:
-        """One step through the chain; a hop that fails is replaced, and the step goes on where it was."""
+    async def _step(self, hidden: torch.Tensor, rows: Sequence[RowSlice], lengths: list[int]) -> torch.Tensor:
+        """One step through the chain; a hop that fails is replaced, and the step goes on where it was.
+
+        lengths: how many tokens of each row the servers hold; moved on at the end.
+        """
         retries = self._failover.retries()
-        await self._prepare_chain(rows)
+        await self._prepare_chain(lengths)
         times: list[HopTimes] = []
         index = 0
         while index < len(self._hops):
@@ -185,30 +214,29 @@ class InferenceSession:
             try:
                 output = await hop.span.step(rows, hidden)
             except SERVER_FAULTS as error:
-                await self._failover.replace(self._hops, index, error, self.lengths, retries)
+                await self._failover.replace(self._hops, index, error, lengths, retries)
                 self._show_route()
                 continue
             times.append(HopTimes(time.perf_counter() - started, output.queue_time, output.compute_time))
+            self._failover.answered(hop)
             hop.history.write(rows, hidden)
             hidden = output.hidden
             index += 1
         for row in rows:
-            self.lengths[row.row] = row.position + row.num_tokens
+            lengths[row.row] = row.position + row.num_tokens
         self.last_times = tuple(times)
         return hidden
 
-    async def _prepare_chain(self, rows: Sequence[RowSlice]) -> None:
+    async def _prepare_chain(self, lengths: Sequence[int]) -> None:
         if not self._hops:
             self._hops = await self._failover.open_chain(self._span)
             self._show_route()
-        for row in rows:  # rewound rows: what lies behind the new position is not worth replaying
-            self.lengths[row.row] = min(self.lengths[row.row], row.position)
         if any(hop.span.moving for hop in self._hops) and time.monotonic() >= self._next_move:
-            await self._leave_moving_servers()
+            await self._leave_moving_servers(lengths)
 
-    async def _leave_moving_servers(self) -> None:
+    async def _leave_moving_servers(self, lengths: Sequence[int]) -> None:
         for hop in [hop for hop in self._hops if hop.span.moving]:
-            if await self._failover.move(self._hops, self._hops.index(hop), self.lengths):
+            if await self._failover.move(self._hops, self._hops.index(hop), lengths):
                 self._show_route()
             else:
                 self._next_move = time.monotonic() + MOVE_RETRY_PERIOD
@@ -218,6 +246,8 @@ class InferenceSession:
             print(f"route: {describe_chain(self.chain)}", file=sys.stderr)
 
     def _close_hops(self) -> None:
+        if self._running is not None:  # lest it opens new ones
+            self._running.cancel()
         for hop in self._hops:
             hop.span.close()
         self._hops = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -83,8 +84,11 @@ def peak_of_imports(model: str, modules: Sequence[str]) -> int:
 
 
 def peak_memory(pid: int) -> int:
-    """The most bytes that a running process ever had in memory, pages of mapped files included."""
-    with open(f"/proc/{pid}/status") as status:
+    """The most bytes that a running process ever had in memory, pages of mapped files included.
+
+    Raises SwarmError if the process has ended.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as status:
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

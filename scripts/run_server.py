@@ -82,8 +82,11 @@ def run_server(
 
     watch = StdinWatch() if stop_with_stdin else None
     peers = check_peers(new_swarm, initial_peers)
+    from pydantic import ValidationError
+
     from swarm.addresses import split_addresses
     from swarm.data_structures import BlockSpan
+    from swarm.protocol import explain
     from swarm.server.config import ServerConfig
 
     if host_maddrs and port:
@@ -91,25 +94,28 @@ def run_server(
     if blocks is not None and num_blocks is not None:
         raise UsageError("--blocks and --num-blocks exclude each other")
     set_up_logging(verbose)
-    config = ServerConfig(
-        model=model,
-        revision=revision,
-        initial_peers=peers,
-        blocks=None if blocks is None else BlockSpan.parse(blocks),
-        num_blocks=num_blocks,
-        device=device,
-        dtype=dtype.value,
-        quantization=quantization.value,
-        cache_tokens=cache_tokens,
-        host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
-        announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
-        identity_path=identity_path,
-        public_name=public_name,
-        threads=threads,
-        announce_period=announce_period,
-        session_idle_limit=session_idle_limit,
-        drain_time=drain_time,
-    )
+    try:
+        config = ServerConfig(
+            model=model,
+            revision=revision,
+            initial_peers=peers,
+            blocks=None if blocks is None else BlockSpan.parse(blocks),
+            num_blocks=num_blocks,
+            device=device,
+            dtype=dtype.value,
+            quantization=quantization.value,
+            cache_tokens=cache_tokens,
+            host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
+            announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
+            identity_path=identity_path,
+            public_name=public_name,
+            threads=threads,
+            announce_period=announce_period,
+            session_idle_limit=session_idle_limit,
+            drain_time=drain_time,
+        )
+    except ValidationError as error:
+        raise UsageError(f"bad setting: {explain(error)}") from error
     run_until_stopped(lambda: _serve(config), watch)
 
 

@@ -166,11 +166,17 @@ class KVCache:
         """Keys and values of a layer, each [slots, kv_heads, head_dim]; made when the layer's first tokens arrive.
 
         key, value: [tokens, kv_heads, head_dim], examples of what will be stored (models differ by layer).
+        Raises UsageError if the device has no memory for them.
         """
         keys, values = self._keys[layer], self._values[layer]
         if keys is None or values is None:
             slots = self.num_pages * self.page_size
-            keys = torch.empty(slots, *key.shape[1:], device=self._device, dtype=self._dtype)
-            values = torch.empty(slots, *value.shape[1:], device=self._device, dtype=self._dtype)
+            try:
+                keys = torch.empty(slots, *key.shape[1:], device=self._device, dtype=self._dtype)
+                values = torch.empty(slots, *value.shape[1:], device=self._device, dtype=self._dtype)
+            except RuntimeError as error:  # torch has no narrower one for the CPU
+                raise UsageError(
+                    f"a KV cache of {slots} tokens does not fit into the memory of {self._device}; lower cache_tokens"
+                ) from error
             self._keys[layer], self._values[layer] = keys, values
         return keys, values

@@ -67,7 +67,7 @@ def tiny_chat_folder(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny_swarm(tiny_chat_folder: Path) -> Iterator[LocalSwarm]:
     """Blocks 0:4 and 4:8 of `tiny_chat_folder`, each on a server of its own."""
     evil = ("--public-name", "[red]evil[/red]")
@@ -77,7 +77,7 @@ def tiny_swarm(tiny_chat_folder: Path) -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="session")
 def continue_locally(tiny_chat_folder: Path) -> Callable[..., list[int]]:
-    """`continue_locally(tokens, max_new_tokens=...)`: the new tokens that plain transformers gives, greedy by default."""
+    """`continue_locally(tokens, max_new_tokens=...)`: the new tokens of plain transformers, greedy by default."""
     import torch
     from transformers import AutoModelForCausalLM
 

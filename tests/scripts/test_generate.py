@@ -29,9 +29,7 @@ def words(text: str) -> list[int]:
 
 
 @pytest.fixture
-def run_generate(
-    run_swarm: Callable[..., Any], tiny_swarm: LocalSwarm, tiny_chat_folder: Path
-) -> Callable[..., Any]:
+def run_generate(run_swarm: Callable[..., Any], tiny_swarm: LocalSwarm, tiny_chat_folder: Path) -> Callable[..., Any]:
     return lambda *args: run_swarm("generate", tiny_chat_folder, "--initial-peers", *tiny_swarm.initial_peers, *args)
 
 
@@ -92,9 +90,9 @@ def test_the_length_of_a_session() -> None:
     assert session_length(10, 64, max_length=None, context=None) == 74
     assert session_length(10, 64, max_length=50, context=2048) == 50
     assert session_length(10, 64, max_length=50, context=30) == 30
-    with pytest.raises(SessionTooLong, match="the prompt has 50 tokens.*--max-length of 50 tokens"):
+    with pytest.raises(SessionTooLong, match=r"the prompt has 50 tokens.*--max-length of 50 tokens"):
         session_length(50, 64, max_length=50, context=2048)
-    with pytest.raises(SessionTooLong, match="the prompt has 60 tokens.*the model's context of 50 tokens"):
+    with pytest.raises(SessionTooLong, match=r"the prompt has 60 tokens.*the model's context of 50 tokens"):
         session_length(60, 64, max_length=None, context=50)
 
 

@@ -19,6 +19,9 @@ from swarm.server.span import Span
 
 CPU = torch.device("cpu")
 
+# Threads that wait for each other over tiny matrices take 30 times as long where other programs want the cores too.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_llama_folder: Path) -> Checkpoint:

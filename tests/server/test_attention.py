@@ -124,7 +124,7 @@ def test_a_batch_with_a_head_for_every_query(
     replay.run((first, 1))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_out_of_range_spoils_itself_alone(
     value: float,
     tmp_path: Path,

@@ -1,0 +1,143 @@
+"""Benchmarks on a tiny model: that they run, measure what they say, and write the JSON that outside programs read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm.client.inference_session import HopTimes
+from swarm.errors import SwarmError
+from swarm.scripts import main as front_door
+from swarm.scripts.bench_decode import even_spans, summarize
+from swarm.scripts.bench_generation import Generation, check_tokens
+from swarm.scripts.bench_processes import ChildProcess, peak_memory
+from swarm.scripts.bench_report import Report
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        front_door.main(["bench", *args])
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def read(file: Path, benchmark: str, runs: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The results by name and the whole JSON, checked for what all benchmarks promise."""
+    found = json.loads(file.read_text())
+    assert list(found) == ["benchmark", "machine", "versions", "settings", "results", "ratios"]
+    assert found["benchmark"] == benchmark
+    assert found["machine"]["cores"] >= 1
+    assert {"petswarm", "python", "torch", "transformers"} <= set(found["versions"])
+    results = {result["name"]: result for result in found["results"]}
+    assert len(results) == len(found["results"])
+    for result in results.values():
+        assert set(result) == {"name", "unit", "runs", "median"}
+        assert len(result["runs"]) in (1, runs, 3)  # 1: a constant; 3: the choice of threads
+        assert min(result["runs"]) <= result["median"] <= max(result["runs"])
+    return results, found
+
+
+def test_decode(tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "decode.json"
+    arguments = ["--model", str(tiny_llama_folder), "--servers", "2", "--runs", "2", "--new-tokens", "5"]
+    assert run("decode", *arguments, "--server-threads", "1", "--json", str(file)) == 0
+    results, found = read(file, "decode", runs=2)
+    for name in ("local", "1 server", "2 servers"):
+        assert results[f"{name}: decode"]["median"] > 0
+        assert results[f"{name}: first token"]["median"] > 0
+    for name in ("1 server", "2 servers"):
+        assert 0 < results[f"{name}: computed by servers"]["median"] < results[f"{name}: step"]["median"]
+        for kind in ("decode", "end to end"):
+            ratio = results[f"{name}: {kind}"]["median"] / results[f"local: {kind}"]["median"]
+            assert found["ratios"][f"{name} / local: {kind}"] == pytest.approx(ratio)
+    assert found["settings"]["server_threads"] == 1
+    assert found["settings"]["local_threads"] in (1, 2)
+    assert "2 servers: decode" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    arguments = ["--model", str(tiny_llama_folder), "--servers", "1", "--runs", "1", "--new-tokens", "3"]
+    assert run("memory", *arguments, "--json", str(file)) == 0
+    results, found = read(file, "memory", runs=1)
+    megabytes = {name: result["median"] for name, result in results.items()}
+    for peer in ("server", "client"):
+        assert megabytes[f"{peer} with its p2pd"] == megabytes[peer] + megabytes[f"{peer}'s p2pd"]
+        assert megabytes[peer] > megabytes[f"{peer}'s imports alone"] > 100
+        assert megabytes[f"{peer}'s p2pd"] > 10
+    # 8 blocks: 2 norms of 64, queries and output 64 x 64, keys and values 32 x 64, three matrices 128 x 64; float32
+    assert megabytes["server's weights: span"] == pytest.approx(8 * 4 * (128 + 3 * 64 * 64 + 3 * 128 * 64) / 1e6)
+    assert megabytes["client's weights: embeddings and head"] == pytest.approx(4 * (2 * 256 * 64 + 64) / 1e6)
+    assert set(found["ratios"]) == {f"{peer} above its imports / its weights" for peer in ("server", "client")}
+
+
+@pytest.mark.slow
+def test_startup(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "startup.json"
+    arguments = ["--model", str(tiny_llama_folder), "--servers", "2", "--runs", "1", "--no-warm-up"]
+    assert run("startup", *arguments, "--json", str(file)) == 0
+    results, _ = read(file, "startup", runs=1)
+    assert set(results) == {
+        "one server to READY",
+        "2 servers at once to READY",
+        "client process to its first token",
+        "swarm --help",
+    }
+    assert results["swarm --help"]["median"] < results["one server to READY"]["median"]
+
+
+@pytest.mark.parametrize("name", ["decode", "memory", "startup"])
+def test_a_bad_file_is_an_error_before_anything_is_measured(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(name, "--model", "/no/such/model", "--json", str(tmp_path / "absent" / "file.json")) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def generation(first: float, rest: float, *chain: HopTimes) -> Generation:
+    return Generation(tokens=[1, 2, 3], first=first, rest=rest, hops=[chain] * 2)
+
+
+def test_what_a_hop_costs_beyond_its_compute() -> None:
+    """Seconds: a step of 0.050 over one server; one of 0.062 over three, which together compute 0.006 longer."""
+    local = generation(0.1, 0.08)
+    one = generation(0.1, 0.100, HopTimes(waited=0.043, queued=0.001, computed=0.040))
+    three = generation(0.1, 0.124, *[HopTimes(waited=0.018, queued=0.0, computed=0.046 / 3)] * 3)
+    report = Report("decode", settings={})
+    summarize(report, ["1 server", "3 servers"], [(local, one, three)] * 3)
+    medians = {result.name: result.median for result in report.results}
+    assert medians["local: decode"] == pytest.approx(2 / 0.08)
+    assert medians["local: end to end"] == pytest.approx(3 / 0.18)
+    assert medians["1 server: computed by servers"] == pytest.approx(40)
+    assert medians["1 server: beyond compute, each hop"] == pytest.approx(3)
+    assert medians["3 servers: beyond compute, each hop"] == pytest.approx(8 / 3)
+    assert medians["an extra hop, all of it"] == pytest.approx(12 / 2)
+    assert medians["an extra hop, beyond compute"] == pytest.approx((12 - 6) / 2)
+    assert report.ratios["3 servers / local: decode"] == pytest.approx(0.08 / 0.124)
+
+
+def test_wrong_tokens_are_no_result() -> None:
+    right = generation(0.1, 0.1)
+    check_tokens([right, right])
+    with pytest.raises(SwarmError, match="the swarm generated"):
+        check_tokens([right, Generation([1, 2, 4], 0.1, 0.1)])
+
+
+def test_even_spans() -> None:
+    assert [str(span) for span in even_spans(30, 3)] == ["0:10", "10:20", "20:30"]
+    assert [str(span) for span in even_spans(8, 3)] == ["0:2", "2:5", "5:8"]
+    assert [str(span) for span in even_spans(2, 5)] == ["0:1", "1:2"]
+
+
+def test_a_child_that_fails_is_quoted(tmp_path: Path) -> None:
+    with (
+        ChildProcess("imports", str(tmp_path), "no_such_module") as child,
+        pytest.raises(SwarmError, match="no_such_module"),
+    ):
+        child.wait_for("DONE")
+    with pytest.raises(SwarmError, match="has ended"):
+        peak_memory(child.pid)
