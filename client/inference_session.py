@@ -73,12 +73,12 @@ class InferenceSession:
                 f"for fail-over, more than max_history_bytes={config.max_history_bytes}; "
                 "lower max_length or raise the limit"
             )
+        self.span = span
         self.num_rows = num_rows
         self.max_length = max_length
         self.lengths = [0] * num_rows
         #: of the latest step, one entry for each server of the chain
         self.last_times: tuple[HopTimes, ...] = ()
-        self._span = span
         self._thread = thread
         self._router = router
         self._config = config
@@ -229,7 +229,7 @@ class InferenceSession:
 
     async def _prepare_chain(self, lengths: Sequence[int]) -> None:
         if not self._hops:
-            self._hops = await self._failover.open_chain(self._span)
+            self._hops = await self._failover.open_chain(self.span)
             self._show_route()
         if any(hop.span.moving for hop in self._hops) and time.monotonic() >= self._next_move:
             await self._leave_moving_servers(lengths)

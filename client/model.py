@@ -116,7 +116,7 @@ class SwarmModelMixin:
     def _remote_arguments(self, past_key_values: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """The keywords of the model's own forward: with the active session's cache, or with none at all."""
         for name in ("output_attentions", "output_hidden_states"):
-            if arguments.get(name):
+            if arguments.get(name) or getattr(self.config, name):
                 raise NotSupported(f"{name} does not work over the swarm: servers return only what leaves their span")
         session = getattr(self._active, "session", None)
         if past_key_values is None and session is not None:

@@ -64,32 +64,42 @@ class RemoteBlocks(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: RemoteCache | None = None,
+        position_ids: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """hidden_states: [rows, tokens, hidden_size] -> the same shape.
 
         attention_mask: bool or int [rows, cached + tokens]; masked tokens are not sent, and come back as zeros.
         past_key_values: of a session over the same blocks; without it, the tokens are a whole sequence of their own.
-        Positions follow from the count of unmasked tokens, as `generate` numbers them.
+        position_ids: servers number the unmasked tokens of a row themselves, as `generate` does; other numbers, such
+        as those of packed sequences, are refused.
         """
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise NotSupported("gradients do not pass through the swarm yet; run the model under torch.no_grad()")
         if isinstance(past_key_values, RemoteCache):
-            return self._step(past_key_values.session, hidden_states, attention_mask)
+            session = past_key_values.session
+            if session.span != self.span:
+                raise UsageError(f"the session holds blocks {session.span}, and blocks {self.span} were called with it")
+            return self._step(session, hidden_states, attention_mask, position_ids)
         if past_key_values is not None:
             raise UsageError("this cache is not of the swarm; use the cache of model.inference_session(...)")
         num_rows, num_tokens, _hidden_size = hidden_states.shape
         with self._open_session(self.span, num_rows, num_tokens) as session:
-            return self._step(session, hidden_states, attention_mask)
+            return self._step(session, hidden_states, attention_mask, position_ids)
 
     def _step(
-        self, session: InferenceSession, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+        self,
+        session: InferenceSession,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         num_rows, num_tokens, hidden_size = hidden_states.shape
         if num_rows != session.num_rows:
             raise UsageError(f"{num_rows} rows for a session that was opened for {session.num_rows}")
         cache = session.cache
         if attention_mask is None:
+            real = torch.ones(num_rows, num_tokens, dtype=torch.bool)
             lengths = [num_tokens] * num_rows
             flat = hidden_states.reshape(-1, hidden_size)
         else:
@@ -99,6 +109,7 @@ class RemoteBlocks(nn.Module):
         rows = [RowSlice(row, session.lengths[row], length) for row, length in enumerate(lengths) if length]
         if not rows:
             raise UsageError("the attention mask hides every new token")
+        _check_positions(position_ids, real)
         output = session.step(flat.detach(), rows).to(hidden_states.device)
         cache.columns += num_tokens
         if attention_mask is None:
@@ -116,3 +127,16 @@ def _new_columns(mask: torch.Tensor, num_rows: int, num_columns: int, num_tokens
             "the cached ones included"
         )
     return mask[:, -num_tokens:].bool()
+
+
+def _check_positions(position_ids: torch.Tensor | None, real: torch.Tensor) -> None:
+    """Refuse positions that do not count the real tokens of each row one by one, from wherever they start.
+
+    position_ids: [rows or 1, tokens]; those with one more dimension belong to models that number pictures too.
+    real: bool [rows, tokens].
+    """
+    if position_ids is None or position_ids.dim() != 2 or real.shape[1] == 1:
+        return
+    starts = position_ids.to(real.device) - real.cumsum(1)
+    if any(len(row[mask].unique()) > 1 for row, mask in zip(starts, real, strict=True)):
+        raise NotSupported("position_ids that do not count up one by one do not work over the swarm")

@@ -32,6 +32,9 @@ FOLLOW_UP = "Tell me more about that."
 #: Tokens of each answer at most.
 MAX_TOKENS = (48, 64)
 
+#: In float32 no token depends on which servers compute it, nor on whether they compute it again after a fail-over.
+SERVER_FLAGS = ("--dtype", "float32", "--drain-time", "1")
+
 
 def demo(
     model: Annotated[
@@ -64,7 +67,7 @@ def demo(
     from .demo_layout import check_num_servers
 
     check_num_servers(servers)
-    _quiet_libraries()
+    _set_up_libraries()
     from .demo_report import DemoReport
     from .demo_screen import Screen
 
@@ -77,12 +80,16 @@ def demo(
         raise typer.Exit(1)
 
 
-def _quiet_libraries() -> None:
-    """Keep the libraries' advice and progress bars off the screen; what matters of it the demo says itself."""
+def _set_up_libraries() -> None:
+    """Before they are imported: keep their advice and progress bars off the screen, and choose their threads.
+
+    The servers inherit the environment.
+    """
     import logging
     import warnings
 
-    # Read when the libraries are imported.
+    # Half of the cores are as fast as all of them for one token at a time, and leave room for the other processes.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
@@ -123,8 +130,8 @@ class _Demo:
             from swarm.architectures import num_blocks
             from swarm.checkpoint import open_checkpoint
 
+            from .background import Background
             from .demo_layout import plan_layout
-            from .demo_reference import Background, load_reference
             from .demo_report import ServerReport
             from .demo_screen import ProgressTable
             from .local_swarm import LocalSwarm
@@ -135,13 +142,15 @@ class _Demo:
             swarm = LocalSwarm(
                 source,
                 [str(span) for span in layout.spans],
-                flags=["--dtype", "float32", "--quantization", self._report.quantization, "--drain-time", "1"],
+                flags=[*SERVER_FLAGS, "--quantization", self._report.quantization],
                 start_timeout=60.0 + 30.0 * num_servers,
                 on_progress=lambda index, doing: table.update(index, doing, done=doing == "ready"),
             )
 
             def load() -> Any:
                 table.update(num_servers, "loading")
+                from .demo_reference import load_reference
+
                 reference = load_reference(source, self._report.quantization)
                 table.update(num_servers, "loaded", done=True)
                 return reference
@@ -217,8 +226,10 @@ class _Demo:
         def note_chain(count: int) -> None:
             if count == 1:
                 chains.append(links_of(session.chain))
+                self._hold_spares_back(client, False)
             on_token(count)
 
+        self._hold_spares_back(client, True)
         prompt_tokens = text.encode(chat)
         self._screen.question(chat[-1]["content"])
         streamer = AnswerStreamer(text, self._screen.write, note_chain)
@@ -236,6 +247,14 @@ class _Demo:
         )
         self._report.answers.append(answer)
         return answer
+
+    def _hold_spares_back(self, client: Any, hold: bool) -> None:
+        """Let a session begin on the main servers, as if the spares had just failed. Ends by itself after a while."""
+        router, loop = client.connection.router, client.connection.thread.loop
+        tell = router.report_failure if hold else router.report_success
+        for server in self._report.servers:
+            if server.role == "spare":
+                loop.call_soon_threadsafe(tell, server.peer_id)
 
     def _compare(self, reference: Any) -> None:
         from .demo_reference import answer_tokens

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,8 +11,6 @@ from swarm.server.quantization import quantization_config
 
 if TYPE_CHECKING:
     from swarm.server.config import Quantization
-
-Result = TypeVar("Result")
 
 
 def load_reference(source: str, quantization: Quantization) -> Any:
@@ -33,27 +29,3 @@ def answer_tokens(model: Any, prompt: list[int], limits: dict[str, int], streame
         )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
-
-
-class Background(Generic[Result]):
-    """Runs a function in a thread that does not keep this process from ending."""
-
-    def __init__(self, function: Callable[[], Result]):
-        self._function = function
-        self._results: list[Result] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._results.append(self._function())
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> Result:
-        """Wait for what the function returns. Raises what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._results[0]

@@ -79,10 +79,12 @@ class Screen:
 
     @contextmanager
     def progress(self, table: ProgressTable) -> Iterator[None]:
-        with Live(table, console=self.console, refresh_per_second=5):
-            yield
-        if not self.console.is_terminal:  # rich ends the table's last line only for terminals
-            self.console.line()
+        try:
+            with Live(table, console=self.console, refresh_per_second=5):
+                yield
+        finally:
+            if not self.console.is_terminal:  # rich ends the table's last line only for terminals
+                self.console.line()
 
     def question(self, text: str) -> None:
         self.console.print(f"\n[bold]> {escape(text)}[/]")

@@ -226,7 +226,7 @@ class _SessionStream:
 
     async def _refuse(self, error: SwarmError) -> None:
         name, text = to_wire(error)
-        logger.info("refused a request of %s: %s: %s", self._peer_id, name, text)
+        logger.info("refused a request of %s: %s: %.300r", self._peer_id, name, text)  # it may quote a stranger
         tokens_left = error.tokens_left if isinstance(error, CacheFull) else None
         with contextlib.suppress(PeerUnreachable):
             await self._send(ErrorReply(error=name, message=text[:2000], tokens_left=tokens_left))

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from swarm.errors import CacheFull, SessionTooLong
+from swarm.errors import CacheFull, SessionTooLong, UsageError
 
 
 class RowCache:
@@ -172,8 +172,9 @@ class KVCache:
         if keys is None or values is None:
             slots = self.num_pages * self.page_size
             try:
-                keys = torch.empty(slots, *key.shape[1:], device=self._device, dtype=self._dtype)
-                values = torch.empty(slots, *value.shape[1:], device=self._device, dtype=self._dtype)
+                keys, values = (
+                    torch.empty(slots, *like.shape[1:], device=self._device, dtype=self._dtype) for like in (key, value)
+                )
             except RuntimeError as error:  # torch has no narrower one for the CPU
                 raise UsageError(
                     f"a KV cache of {slots} tokens does not fit into the memory of {self._device}; lower cache_tokens"

@@ -43,6 +43,9 @@ _PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 #: What the base model does to the embeddings is the client's part: {setting: its value for doing nothing}.
 _EMBEDDING_SETTINGS = {"embedding_multiplier": 1.0}
 
+#: Rotary embeddings whose frequencies follow the longest row of a batch: one session would change another's output.
+_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
+
 _DEFAULT_PLAN = ("embed_tokens", "layers", "norm")
 
 
@@ -66,7 +69,8 @@ class Architecture:
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a causal language model.
 
-    Raises NotSupported for a family that is not tested here, and for weights stored in a quantised form.
+    Raises NotSupported for a family that is not tested here, for weights stored in a quantised form, and for rotary
+    embeddings that depend on the batch.
     """
     model_type = config.model_type
     if model_type not in TESTED:
@@ -75,6 +79,11 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise NotSupported("this checkpoint is already quantised; use the original weights and quantise while loading")
+    if by_length := _rope_types(config) & _ROPE_BY_LENGTH:
+        raise NotSupported(
+            f"this model's rotary embeddings ({', '.join(sorted(by_length))}) depend on the longest text of a batch, "
+            "so sessions that share a server would change each other's output"
+        )
     # Imported late: these bring in the family's model code, which takes seconds.
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -90,6 +99,13 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         blocks=blocks,
         norm=norm,
     )
+
+
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    """The kinds of rotary embeddings in use; some families have one for each kind of block."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_kind = [entry for entry in parameters.values() if isinstance(entry, dict)] or [parameters]
+    return {entry.get("rope_type", "default") for entry in by_kind}
 
 
 def check_span(span: BlockSpan, num_blocks: int, model_name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import ipaddress
 import logging
 import tempfile
 import threading
@@ -29,6 +30,12 @@ from .ports import check_ports_are_free
 from .records import Complaints, RecordValidator
 
 logger = logging.getLogger(__name__)
+
+#: Neither private nor public, see the special-purpose address registry of IANA. Sandboxes use them.
+_RESERVED = tuple(
+    ipaddress.ip_network(network)
+    for network in ("192.0.2.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "240.0.0.0/4")
+)
 
 _START_TIMEOUT = 30.0  # seconds for p2pd to start; it takes 0.1 on an idle machine
 
@@ -213,7 +220,10 @@ class Node:
             raise NetworkError(f"p2pd does not tell our addresses: {error!r}") from error
 
     async def ready_address(self) -> str:
-        """The one address to hand to others: an announced one, else one of this machine's, else a loopback one."""
+        """The one address to hand to others: an announced one, else one of this machine's, else a loopback one.
+
+        An address in a reserved range comes last: a swarm cannot be joined through it.
+        """
         addresses = await self.addresses()
         if not addresses:
             raise NetworkError("this node has no address: it does not listen")
@@ -336,8 +346,12 @@ def _check(config: NodeConfig) -> None:
         check_announce_address(address)
 
 
-def _is_second_choice(address: str) -> tuple[bool, bool]:
-    return "/ip4/127." in address or "/ip6/::1/" in address, "/tcp/" not in address
+def _is_second_choice(address: str) -> tuple[bool, bool, bool]:
+    _, _, host, *_ = address.split("/")
+    ip = ipaddress.ip_address(host)
+    # Who is joined through a reserved address never hears of the other peers: libp2p passes theirs on only to callers
+    # on loopback, private and public addresses.
+    return any(ip in network for network in _RESERVED), ip.is_loopback, "/tcp/" not in address
 
 
 def _socket_root() -> str | None:

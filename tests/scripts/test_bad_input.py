@@ -29,6 +29,7 @@ from swarm.errors import (
     UsageError,
 )
 from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm
+from swarm.server.kv_cache import KVCache
 
 SWARM = Path(sys.executable).with_name("swarm")
 PEER_ID = "QmXnnyufdzAWL5CqZ2RnSNgPbvCc1ALT73s6epPrRnZ1Xy"
@@ -132,6 +133,13 @@ def test_flags_of_a_server(
     assert code == 2
     for word in words:
         assert word in line
+
+
+def test_a_cache_that_does_not_fit_into_memory() -> None:
+    cache = KVCache(1, 2**44, 2**44, torch.device("cpu"), torch.float32)
+    token = torch.zeros(1, 2, 16)
+    with pytest.raises(UsageError, match="a KV cache of 17592186044416 tokens does not fit into the memory of cpu"):
+        cache.storage(0, token, token)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is available here")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from swarm.architectures import TESTED
+from swarm.architectures import TESTED, architecture_of
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan
+from swarm.errors import NotSupported
 from swarm.server.loader import load_span
 
 NUM_BLOCKS = 7
@@ -143,3 +144,32 @@ def test_a_row_out_of_range_spoils_itself_alone(
     replay.cache.release([evil.row])
     replay.run((later, 6))
     replay.run((later, 6))
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        ("phi3", {**LONGROPE, "original_max_position_embeddings": 16}),
+        ("gemma3_text", {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)
+def test_models_whose_rotations_depend_on_the_batch_are_refused(model_type: str, rope: dict[str, Any]) -> None:
+    architecture_of(tiny_config(model_type))
+    config = tiny_config(model_type)
+    config.rope_parameters = rope
+    with pytest.raises(NotSupported, match="depend on the longest text of a batch"):
+        architecture_of(config)
+
+
+def test_rotations_scaled_alike_for_every_length_are_served(
+    tmp_path: Path, hidden_at_boundaries: Callable[..., list[torch.Tensor]], make_replay: Callable[..., Any]
+) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    model, checkpoint = saved_model(tiny_config("llama", rope_parameters=yarn), tmp_path)
+    replay = make_replay(spans_of(checkpoint)[0])
+    long, short = (replay.open(hidden_at_boundaries(model, ids)) for ids in prompts(30, 5))
+    replay.run((long, 30), (short, 5))

@@ -159,6 +159,18 @@ def test_a_failed_step_can_be_repeated(fake: Fixture) -> None:
     assert work.cache.length == 4
 
 
+def test_a_failed_step_leaves_the_session_where_the_step_began(fake: Fixture) -> None:
+    """Part of what was cached behind that position may be overwritten."""
+    fake.span.open()
+    task = fake.task(8)
+    result(fake.engine.submit(task))
+    (work,) = task.rows
+    rewinding = StepTask(torch.full((2, HIDDEN_SIZE), 13.0), [RowWork(work.cache, 3, 2)], 0, 1)
+    with pytest.raises(EngineError):
+        fake.engine.submit(rewinding).result(LIMIT)
+    assert work.cache.length == 3
+
+
 def test_a_cancelled_step_does_not_run(fake: Fixture) -> None:
     fake.occupy()
     cancelled, kept = fake.submit(2), fake.submit(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from swarm.server.scheduler import PREFILL_SHARE, Waiting, next_batch
@@ -42,6 +42,7 @@ def test_if_anything_waits_something_is_taken(waiting: Sequence[Waiting], max_to
 
 
 @given(ENTRIES, BUDGETS)
+@example([Waiting(1, decode=False), *[Waiting(1, decode=True)] * 20], 16)
 def test_the_device_is_not_left_idle(waiting: Sequence[Waiting], max_tokens: int) -> None:
     assert sum(next_batch(waiting, max_tokens)) == min(max_tokens, sum(entry.num_tokens for entry in waiting))
 
