@@ -147,9 +147,7 @@ class Directory:
                 # NaN: no expiration is late enough to end the search early, not even the infinite one that a stranger's
                 # reply may claim; so every peer near the key is asked and the latest record of each server wins.
                 async with asyncio.timeout(_TIMEOUT):
-                    found: dict[str, Any] = await self._node.dht.get_many(
-                        keys, sufficient_expiration_time=float("nan")
-                    )
+                    found: dict[str, Any] = await self._node.dht.get_many(keys, sufficient_expiration_time=float("nan"))
             except Exception as error:
                 raise NetworkError(f"could not read the records of the swarm: {_reason(error)}") from error
             if self._node.config.listen or self._node.knows_others():
