@@ -31,7 +31,7 @@ from .records import Complaints, RecordValidator
 
 logger = logging.getLogger(__name__)
 
-#: Neither private nor public, see the special-purpose address registry of IANA. Sandboxes use them.
+#: Neither private nor public (see the special-purpose address registry of IANA), but found in containers and sandboxes.
 _RESERVED = tuple(
     ipaddress.ip_network(network)
     for network in ("192.0.2.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "240.0.0.0/4")

@@ -109,6 +109,18 @@ async def test_a_chain_is_found_from_the_records():
     assert sorted(world.ping.asked) == ["A", "C"]
 
 
+async def test_a_model_that_nobody_serves_is_known_at_once():
+    other = ModelInfo(name="SmolLM2", fingerprint="b" * 64, num_blocks=30)
+    with pytest.raises(ModelNotServed, match=r"SmolLM2 \(fingerprint a{12}\).*of that name \(fingerprint b{12}\)"):
+        await World(models=[other]).router.check_served()
+
+
+async def test_a_model_that_loads_is_served():
+    world = World([record("A", 0, 10, state=ServerState.JOINING)])
+    await world.router.check_served()
+    assert world.directory.reads == 1
+
+
 async def test_records_are_read_once_per_period():
     world = World(THREE)
     await world.route()
