@@ -193,9 +193,9 @@ def test_sigterm_moves_a_running_generation(
     with swarm:
         model = AutoSwarmModelForCausalLM.from_pretrained(tiny_llama_folder, initial_peers=swarm.initial_peers)
         try:
-            with model.inference_session(max_length=400) as session:
+            with model.inference_session(max_length=203) as session:
                 streamer = SigtermAt(swarm, draining, session, count=10)
-                output = model.generate(torch.tensor([prompt]), max_new_tokens=390, do_sample=False, streamer=streamer)
+                output = model.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False, streamer=streamer)
                 (replacement,) = session.replacements
                 assert replacement.lost.peer_id == streamer.leaving.peer_id
                 assert replacement.reason == "the server is leaving"
@@ -203,7 +203,7 @@ def test_sigterm_moves_a_running_generation(
             assert streamer.leaving.process.wait(PATIENCE) == 0
         finally:
             model.close()
-    assert output[0, len(prompt) :].tolist() == continue_locally(prompt, max_new_tokens=390)
+    assert output[0, len(prompt) :].tolist() == continue_locally(prompt, max_new_tokens=200)
 
 
 def test_a_second_terminal_joins_by_the_address_of_the_first(
