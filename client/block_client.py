@@ -37,7 +37,7 @@ from swarm.protocol import (
 )
 from swarm.routing.chain import ChainLink
 from swarm.rpc import FrameStream, open_stream
-from swarm.tensors import from_bytes, to_bytes
+from swarm.tensors import all_finite, from_bytes, to_bytes
 
 from .config import ClientConfig
 
@@ -130,7 +130,7 @@ class RemoteSpan:
             raise ProtocolError(f"server {self._peer_id} answered step {self._step} with {answer!r:.200}")
         self.moving |= answer.moving
         output = from_bytes(answer.hidden, data)
-        if not torch.isfinite(output).all():
+        if not all_finite(output):
             raise ProtocolError(f"server {self._peer_id} answered with NaN or infinity")
         return SpanOutput(output, answer.queue_time, answer.compute_time)
 

@@ -20,7 +20,7 @@ from swarm.node import NodeThread
 from swarm.protocol import RowSlice
 from swarm.routing.chain import Chain
 from swarm.routing.router import Router
-from swarm.tensors import DTYPES
+from swarm.tensors import DTYPES, all_finite
 
 from .block_client import BlockClient
 from .config import ClientConfig
@@ -173,7 +173,7 @@ class InferenceSession:
             raise UsageError(f"hidden states of shape {list(hidden.shape)} for rows of {num_tokens} tokens")
         if hidden.dtype not in DTYPES.values():
             raise UsageError(f"hidden states of {hidden.dtype} do not travel; use one of {', '.join(DTYPES)}")
-        if not torch.isfinite(hidden).all():
+        if not all_finite(hidden):
             raise UsageError("the hidden states hold NaN or infinity")
         for row in rows:
             if row.row >= self.num_rows:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-import torch
 from hivemind.p2p import P2P, P2PContext
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
@@ -38,7 +37,7 @@ from swarm.protocol import (
     StepResult,
 )
 from swarm.rpc import FrameStream
-from swarm.tensors import from_bytes, to_bytes
+from swarm.tensors import all_finite, from_bytes, to_bytes
 
 from .engine import Engine, StepTask
 from .sessions import Session, SessionTable
@@ -192,7 +191,7 @@ class _SessionStream:
         span = self._handler.engine.span
         rows = session.check_step(request, span.hidden_size)
         hidden = from_bytes(request.hidden, payload)
-        if not torch.isfinite(hidden).all():
+        if not all_finite(hidden):
             raise ProtocolError("the hidden states hold NaN or infinity")
         start, end = span.local(session.span)
         return StepTask(hidden, rows, start, end)

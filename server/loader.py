@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from swarm.data_structures import BlockSpan
 
 from .attention import use_paged_attention
 from .config import Quantization
+from .int8_linear import keep_activations
 from .quantization import quantization_config
 from .span import Span
 
@@ -49,6 +49,8 @@ def load_span(
         )
     setattr(model, architecture.norm, torch.nn.Identity())
     use_paged_attention(model)
+    if quantization == "int8" and device.type == "cpu":
+        keep_activations(model)
     model.eval().requires_grad_(False)
     return Span(model, architecture, span, device=device, dtype=dtype)
 
@@ -62,8 +64,6 @@ def _quiet_loading() -> Iterator[None]:
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    # bitsandbytes says once per layer that int8 multiplies in float16
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     try:
         yield
     finally:

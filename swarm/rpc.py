@@ -33,6 +33,8 @@ from .protocol import (
 )
 
 _LENGTHS = struct.Struct(">II")
+#: A payload up to this many bytes is copied behind its header: one system call costs more than the copy.
+_ONE_WRITE = 64 * 2**10
 
 
 class FrameStream:
@@ -49,8 +51,10 @@ class FrameStream:
             raise MessageTooLarge(f"a tensor of {size} bytes is over the limit of {MAX_PAYLOAD_BYTES} per message")
         header = pack(message)
         try:
-            self._writer.write(_LENGTHS.pack(len(header), size) + header)
-            if size:
+            if size <= _ONE_WRITE:
+                self._writer.write(b"".join((_LENGTHS.pack(len(header), size), header, payload)))
+            else:
+                self._writer.write(_LENGTHS.pack(len(header), size) + header)
                 self._writer.write(payload)
             await self._writer.drain()
         except (ConnectionError, RuntimeError, OSError) as error:

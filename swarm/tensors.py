@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .errors import ProtocolError
@@ -16,6 +18,11 @@ def dtype_name(dtype: torch.dtype) -> str:
         if known == dtype:
             return name
     raise ProtocolError(f"tensors of {dtype} do not travel; use one of {', '.join(DTYPES)}")
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. The sum tells at a fifth of the cost, unless it overflows by itself."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
 
 
 def to_bytes(tensor: torch.Tensor) -> tuple[TensorMeta, memoryview]:

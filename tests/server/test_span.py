@@ -142,6 +142,8 @@ def test_quantised_blocks_equal_plain_transformers_quantised_alike(
     plain = AutoModelForCausalLM.from_pretrained(
         tiny_llama_folder, dtype=torch.float32, quantization_config=QUANTIZED[quantization], device_map="cpu"
     ).eval()
+    if quantization == "int8":
+        plain = plain.dequantize()  # else it rounds the activations too, which the server does not
     (ids,) = prompts(20)
     reference = hidden_at_boundaries(plain, ids)
     # Plain transformers quantises its blocks: else this test would compare nothing.

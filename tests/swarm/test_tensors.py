@@ -7,7 +7,7 @@ import torch
 
 from swarm.errors import ProtocolError
 from swarm.protocol import TensorMeta
-from swarm.tensors import DTYPES, dtype_name, from_bytes, to_bytes
+from swarm.tensors import DTYPES, all_finite, dtype_name, from_bytes, to_bytes
 
 
 def meta(*shape: int, dtype: str = "float32") -> TensorMeta:
@@ -70,3 +70,11 @@ def test_other_dtypes_do_not_travel() -> None:
     assert dtype_name(torch.bfloat16) == "bfloat16"
     with pytest.raises(ProtocolError, match=r"tensors of torch\.int64 do not travel; use one of float32, "):
         to_bytes(torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_value_is_found_and_large_ones_are_fine(bad: float) -> None:
+    values = torch.full((3, 64), 3e38)
+    assert all_finite(values)  # though their sum overflows
+    values[1, 7] = bad
+    assert not all_finite(values)
