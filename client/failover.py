@@ -127,10 +127,16 @@ class Failover:
     async def open_chain(self, span: BlockSpan) -> list[Hop]:
         """Open a fresh chain through `span`. Missing blocks are an error at once; full servers are waited for."""
         retries = self.retries()
+        last: SwarmError | None = None
         while True:
             try:
                 return await self._open(span, History(self._num_rows, self._max_length), lengths=(), like=None)
+            except MissingBlocks as error:
+                if last is None:
+                    raise
+                raise MissingBlocks(f"{error}; the last server that was tried: {last}", error.blocks) from last
             except (*SERVER_FAULTS, CacheFull) as error:
+                last = error
                 await self._before_retry(retries, error)
 
     async def replace(

@@ -21,6 +21,7 @@ from swarm.dht import Directory
 from swarm.errors import NotSupported, UsageError
 from swarm.node import NodeConfig, NodeThread
 from swarm.protocol import explain
+from swarm.quiet import quiet_loading
 from swarm.routing.router import Router, RouterConfig
 from swarm.rpc import ping
 from swarm.tensors import DTYPES
@@ -218,9 +219,10 @@ def _load_client_part(checkpoint: Checkpoint, architecture: Architecture, config
     dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     names = client_tensors(architecture, checkpoint.tensor_names())
     model_class = _swarm_class(architecture.causal_class)
-    model = model_class.from_pretrained(
-        None, config=client_config(checkpoint.config), state_dict=checkpoint.read(names), dtype=dtype
-    )
+    with quiet_loading():
+        model = model_class.from_pretrained(
+            None, config=client_config(checkpoint.config), state_dict=checkpoint.read(names), dtype=dtype
+        )
     model.name_or_path = checkpoint.name
     with contextlib.suppress(OSError):  # a checkpoint need not have one
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.source)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from swarm.architectures import architecture_of, check_span, num_blocks, span_config, span_tensors
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan
+from swarm.quiet import quiet_loading
 
 from .attention import use_paged_attention
 from .config import Quantization
@@ -38,7 +35,7 @@ def load_span(
     tensors = checkpoint.read(names)
     state_dict = {names[name]: tensor for name, tensor in tensors.items()}
     quantized = quantization_config(quantization, dtype)
-    with _quiet_loading():
+    with quiet_loading():
         model = architecture.base_class.from_pretrained(
             None,
             config=span_config(config, span),
@@ -53,20 +50,3 @@ def load_span(
         keep_activations(model)
     model.eval().requires_grad_(False)
     return Span(model, architecture, span, device=device, dtype=dtype)
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Hide the loader's report: it finds the embeddings and final norm missing, which a span does not have."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
