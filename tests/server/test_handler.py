@@ -681,22 +681,26 @@ async def direct_client(world: World) -> AsyncIterator[Client]:
         await asyncio.wait({serving}, timeout=LIMIT)
 
 
-async def stall(world: World, client: Client) -> None:
-    """Ask for more than the socket holds, and read nothing of it."""
+async def stall(world: World, client: Client) -> int:
+    """Ask for more than the socket holds, and read nothing of it. Returns the number of bytes."""
     num_rows, max_length = 12, 256
     assert isinstance(await client.open(num_rows=num_rows, max_length=max_length), SessionOpened)
     client.stream._reader._transport.pause_reading()  # type: ignore[attr-defined]
     rows = tuple(RowSlice(row, 0, max_length) for row in range(num_rows))
     meta, payload = to_bytes(torch.zeros(num_rows * max_length, 64))
     await client.send(StepRequest(session_id=client.session_id, step=0, rows=rows, hidden=meta), payload)
+    return len(payload)
 
 
 async def test_a_client_that_reads_nothing_loses_its_session(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async with direct_client(world) as client:
         with monkeypatch.context() as patch:
             patch.setattr(world.handler, "idle_limit", 0.5)
-            await stall(world, client)
+            num_bytes = await stall(world, client)
             await world.wait_until(lambda: world.cache.tokens_left == CACHE_TOKENS - 64)
+        client.stream._reader._transport.resume_reading()  # type: ignore[attr-defined]
+        async with asyncio.timeout(LIMIT):
+            assert len(await client.stream._reader.read()) < num_bytes  # nor does what it left unread stay in memory
 
 
 # --- leaving ------------------------------------------------------------------------------------------------------
