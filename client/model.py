@@ -19,6 +19,7 @@ from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan
 from swarm.dht import Directory
 from swarm.errors import NotSupported, UsageError
+from swarm.few_rows import speed_up_few_rows
 from swarm.node import NodeConfig, NodeThread
 from swarm.protocol import explain
 from swarm.quiet import quiet_loading
@@ -227,6 +228,7 @@ def _load_client_part(checkpoint: Checkpoint, architecture: Architecture, config
     with contextlib.suppress(OSError):  # a checkpoint need not have one
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.source)
     model.eval().requires_grad_(False)
+    speed_up_few_rows(model)
     return model
 
 

@@ -43,12 +43,8 @@ def decode(
     new_tokens: NewTokens = 64,
     runs: Runs = 5,
     dtype: Annotated[DType, typer.Option(help="Of weights and activations everywhere.")] = DType.FLOAT32,
-    client_threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the client; default: as torch decides.")
-    ] = None,
-    server_threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of each server; default: as torch decides.")
-    ] = None,
+    client_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the client.")] = 1,
+    server_threads: Annotated[int, typer.Option(min=1, help="CPU threads of each server.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Decode speed of one server and of a chain, beside plain transformers in the same run."""
@@ -78,12 +74,11 @@ def measure(
     new_tokens: int,
     runs: int,
     dtype: str,
-    client_threads: int | None,
-    server_threads: int | None,
+    client_threads: int,
+    server_threads: int,
     progress: Callable[[str], None],
 ) -> Report:
     """Run the benchmark. Raises SwarmError if the swarm's tokens are not those of the local model."""
-    import torch
     import transformers
 
     from swarm.architectures import num_blocks
@@ -93,7 +88,6 @@ def measure(
     from .local_swarm import LocalSwarm
 
     checkpoint = open_checkpoint(model)
-    client_threads = client_threads or torch.get_num_threads()
     report = Report(
         "decode",
         {
@@ -105,11 +99,11 @@ def measure(
             "new_tokens": new_tokens,
             "runs": runs,
             "client_threads": client_threads,
-            "server_threads": server_threads or "as torch decides",
+            "server_threads": server_threads,
         },
     )
     prompt = random_prompt(checkpoint.config, prompt_tokens)
-    flags = ["--dtype", dtype] + ([] if server_threads is None else ["--threads", str(server_threads)])
+    flags = ["--dtype", dtype, "--threads", str(server_threads)]
     chains = [even_spans(num_blocks(checkpoint.config), count) for count in (1, num_servers)]
     with ExitStack() as stack:
         swarms = []

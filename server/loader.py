@@ -7,6 +7,7 @@ import torch
 from swarm.architectures import architecture_of, check_span, num_blocks, span_config, span_tensors
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan
+from swarm.few_rows import speed_up_few_rows
 from swarm.quiet import quiet_loading
 
 from .attention import use_paged_attention
@@ -49,4 +50,5 @@ def load_span(
     if quantization == "int8" and device.type == "cpu":
         keep_activations(model)
     model.eval().requires_grad_(False)
+    speed_up_few_rows(model)
     return Span(model, architecture, span, device=device, dtype=dtype)

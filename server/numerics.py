@@ -8,8 +8,8 @@ import torch
 
 from .config import Quantization
 
-#: Changes when attention.py computes differently.
-KERNEL_VERSION = "paged1"
+#: Changes when attention.py or few_rows.py computes differently.
+KERNEL_VERSION = "paged2"
 
 
 def numerics_tag(dtype: torch.dtype, quantization: Quantization, device: torch.device) -> str:

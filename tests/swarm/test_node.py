@@ -381,8 +381,8 @@ def test_exiting_process_leaves_no_p2pd_and_no_files() -> None:
 def test_terminals_interrupt_does_not_reach_p2pd() -> None:
     code = """
         thread = NodeThread.start(NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",)))
-        print(thread.node.daemon_pid, flush=True)
         try:
+            print(thread.node.daemon_pid, flush=True)  # in here: the interrupt may come before the next line
             time.sleep(60)
         except KeyboardInterrupt:
             try:
