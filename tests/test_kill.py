@@ -39,7 +39,7 @@ def plain(tiny_llama_folder):
 
 @pytest.fixture(scope="module")
 def whole_swarm(tiny_llama_folder):
-    with LocalSwarm(tiny_llama_folder, LAYOUT, flags=["--threads", "1", "--announce-period", "2"]) as swarm:
+    with LocalSwarm(tiny_llama_folder, LAYOUT, flags=["--threads", "1", "--announce-period", "4"]) as swarm:
         yield swarm
 
 
@@ -203,10 +203,13 @@ def test_a_server_is_killed_during_the_prefill_of_a_long_prompt(swarm, connect, 
 
 
 @pytest.mark.parametrize(
-    "prompt", [(1, 10), (16, 900)], ids=["in a decoding step", "in a prompt it does not even read"]
+    ("prompt", "patience"),
+    # The long prompt takes the replacement a second or two, on a busy machine a multiple of that.
+    [((1, 10), 8.0), ((16, 900), 20.0)],
+    ids=["in a decoding step", "in a prompt it does not even read"],
 )
-def test_a_server_that_hangs_is_replaced(swarm, connect, plain, prompt):
-    model = connect(request_timeout=8.0, connect_timeout=8.0)
+def test_a_server_that_hangs_is_replaced(swarm, connect, plain, prompt, patience):
+    model = connect(request_timeout=patience, connect_timeout=patience)
     ids = tokens(*prompt)
     with model.inference_session(max_length=930, num_rows=len(ids)) as session:
         text = model.generate(ids[:, :5], max_new_tokens=4)
@@ -218,7 +221,7 @@ def test_a_server_that_hangs_is_replaced(swarm, connect, plain, prompt):
         finally:
             hung.kill()
         assert_replaced(swarm, session, [hung])
-        assert "did not answer a step within 8 s" in session.replacements[0].reason
+        assert f"did not answer a step within {patience:g} s" in session.replacements[0].reason
         assert set(model.connection.router.banned()) == {hung.peer_id}
     assert torch.equal(ours, plain.generate(text, max_new_tokens=4))
 
