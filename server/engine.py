@@ -22,6 +22,7 @@ from swarm.errors import EngineError, SwarmError
 from .batch import RowChunk
 from .kv_cache import KVCache, RowCache
 from .scheduler import Waiting, next_batch
+from .settling import Settling
 from .span import Span
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ class Engine:
         self.num_batched_rows = 0
         self._threads = threads
         self._tasks: deque[StepTask] = deque()
+        self._settling = Settling()
+        self._free_since = 0.0
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -112,6 +115,8 @@ class Engine:
                 task.future.set_exception(EngineError("the server is stopping"))
             else:
                 self._tasks.append(task)
+                for row in task.rows:
+                    self._settling.arrived(row.cache, task.created)
                 self._wake.notify()
         return task.future
 
@@ -133,9 +138,16 @@ class Engine:
                 if self._stopping:
                     return None
                 self._tasks = deque(task for task in self._tasks if not task.future.done())
-                if self._tasks:
+                wait = self._seconds_to_settle() if self._tasks else None
+                if wait is not None and wait <= 0.0:
                     return list(self._tasks)
-                self._wake.wait()
+                self._wake.wait(wait)
+
+    def _seconds_to_settle(self) -> float:
+        """How long the free device should wait for more rows before it takes what is ready."""
+        self._settling.forget(lambda row: row.released)
+        ready_since = max(self._free_since, self._tasks[0].created)
+        return self._settling.wait_until(ready_since) - time.monotonic()
 
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""
@@ -150,9 +162,16 @@ class Engine:
                 _fail(piece.task, EngineError(f"the forward pass failed: {type(error).__name__}: {error}"))
         finally:
             self.cache.let_go(piece.chunk.cache for piece in pieces)
+            self._note_finished(pieces)
         for task in tasks:
             if task.done and task.output is not None:
                 _finish(task, StepOutput(task.output, task.queue_time, task.compute_time))
+
+    def _note_finished(self, pieces: list[_Piece]) -> None:
+        """Before the results leave: their rows may be back at any moment."""
+        self._free_since = time.monotonic()
+        with self._wake:
+            self._settling.finished([piece.chunk.cache for piece in pieces if piece.task.done], self._free_since)
 
     def _schedule(self, tasks: list[StepTask]) -> list[_Piece]:
         candidates: list[tuple[StepTask, int, int]] = []

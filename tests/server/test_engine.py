@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -16,6 +17,7 @@ from swarm.errors import EngineError, SessionTooLong
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine, RowWork, StepOutput, StepTask
 from swarm.server.kv_cache import KVCache
+from swarm.server.settling import Settling
 from swarm.server.span import Span
 
 LIMIT = 60.0  # seconds for what takes milliseconds on an idle machine
@@ -327,3 +329,24 @@ def test_a_prompt_in_chunks_equals_the_prompt_in_one(make_engine: Callable[[int]
     whole, *chunked = outputs
     for output in chunked:
         assert (output - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_a_free_device_waits_for_the_rows_of_its_last_batch(fake: Fixture) -> None:
+    fake.span.open()
+    tasks = [fake.task(), fake.task()]
+    settling = fake.engine._settling = Settling(max_wait=LIMIT)
+    settling.finished([task.rows[0].cache for task in tasks], time.monotonic())
+    first = fake.engine.submit(tasks[0])
+    assert not wait_for([first], timeout=0.05).done
+    second = fake.engine.submit(tasks[1])
+    wait_for([first, second], LIMIT)
+    assert [len(batch) for batch in fake.span.batches] == [2]
+
+
+def test_a_free_device_does_not_wait_for_a_session_that_ended(fake: Fixture) -> None:
+    fake.span.open()
+    gone = fake.task()
+    settling = fake.engine._settling = Settling(max_wait=2 * LIMIT)
+    settling.finished([gone.rows[0].cache], time.monotonic())
+    fake.cache.release([gone.rows[0].cache])
+    assert result(fake.submit()).shape == (1, HIDDEN_SIZE)
