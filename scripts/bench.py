@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .bench_concurrent import concurrent
 from .bench_decode import decode
 from .bench_memory import memory
 from .bench_startup import startup
@@ -13,5 +14,5 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (decode, memory, startup):
+for command in (decode, concurrent, memory, startup):
     app.command()(command)

@@ -2,13 +2,27 @@
 
 client MODEL DTYPE PROMPT_TOKENS NEW_TOKENS ADDR...: a user's program. Prints TOKEN at its first token and DONE after
     the last, then lives until standard input closes, so that its memory can be read.
+generator MODEL DTYPE PROMPT_TOKENS NEW_TOKENS SEED ADDR...: a user's program that generates once for every line of its
+    standard input. Prints READY when it can, and for each line RESULT with `tokens` and `seconds`.
+echo MODEL DTYPE PROMPT_TOKENS STEPS ADDR...: sessions without a model. For every line N of its standard input, N
+    sessions each take STEPS steps, as fast as answers come back. Prints READY, and for each line RESULT with `seconds`.
 imports MODEL MODULE...: only imports, the modules and the model's own class. Prints DONE, then lives likewise.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .bench_processes import RESULT
+
+if TYPE_CHECKING:
+    from swarm.client.block_client import OpenSpan
 
 
 def run_client(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *initial_peers: str) -> None:
@@ -28,6 +42,68 @@ def run_client(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *ini
         sys.stdin.read()
 
 
+def run_generator(model: str, dtype: str, prompt_tokens: str, new_tokens: str, seed: str, *initial_peers: str) -> None:
+    import torch
+
+    from swarm.checkpoint import open_checkpoint
+
+    from .bench_generation import client, generate_remotely, random_prompt
+
+    torch.set_num_threads(1)
+    prompt = random_prompt(open_checkpoint(model).config, int(prompt_tokens), int(seed))
+    with client(model, initial_peers, dtype) as remote:
+        generate_remotely(remote, prompt, 2)
+        print("READY", flush=True)
+        for _ in sys.stdin:
+            generation = generate_remotely(remote, prompt, int(new_tokens))
+            _print_result(tokens=generation.tokens, seconds=generation.first + generation.rest)
+
+
+def run_echo(model: str, dtype: str, prompt_tokens: str, steps: str, *initial_peers: str) -> None:
+    import torch
+
+    from swarm.checkpoint import open_checkpoint
+    from swarm.client.config import ClientConfig
+    from swarm.client.model import SwarmConnection
+    from swarm.data_structures import BlockSpan
+    from swarm.protocol import RowSlice
+    from swarm.tensors import DTYPES
+
+    torch.set_num_threads(1)
+    checkpoint = open_checkpoint(model)
+    connection = SwarmConnection(checkpoint, ClientConfig(initial_peers=initial_peers))
+    length, num_steps = int(prompt_tokens), int(steps)
+    hidden = torch.randn(length, checkpoint.config.get_text_config().hidden_size).to(DTYPES[dtype])
+
+    async def run(num_sessions: int) -> float:
+        max_length = length + num_steps
+        span = BlockSpan(start=0, end=connection.num_blocks)
+        (link,) = await connection.router.find_chain(span, cache_tokens=max_length)
+        sessions = [await connection.client.open(link, num_rows=1, max_length=max_length) for _ in range(num_sessions)]
+        for session in sessions:
+            await session.step([RowSlice(0, 0, length)], hidden)
+        started = time.perf_counter()
+
+        async def decode(session: OpenSpan) -> None:
+            for position in range(length, max_length):
+                await session.step([RowSlice(0, position, 1)], hidden[-1:])
+
+        await asyncio.gather(*map(decode, sessions))
+        elapsed = time.perf_counter() - started
+        for session in sessions:
+            session.close()
+        return elapsed
+
+    print("READY", flush=True)
+    for line in sys.stdin:
+        _print_result(seconds=connection.thread.run(run(int(line))))
+    connection.thread.stop()
+
+
+def _print_result(**values: object) -> None:
+    print(RESULT + json.dumps(values), flush=True)
+
+
 def run_imports(model: str, *modules: str) -> None:
     import importlib
 
@@ -43,10 +119,13 @@ def run_imports(model: str, *modules: str) -> None:
 
 def main() -> None:
     what, *arguments = sys.argv[1:]
-    if what == "client":
-        run_client(*arguments)
-    else:
-        run_imports(*arguments)
+    programs: dict[str, Callable[..., None]] = {
+        "client": run_client,
+        "generator": run_generator,
+        "echo": run_echo,
+        "imports": run_imports,
+    }
+    programs[what](*arguments)
 
 
 if __name__ == "__main__":

@@ -127,10 +127,10 @@ def never_ending(model: Any) -> Any:
     return model
 
 
-def random_prompt(config: Any, num_tokens: int) -> torch.Tensor:
-    """The same random tokens every time: int64 [1, num_tokens]."""
+def random_prompt(config: Any, num_tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens, the same for the same seed: int64 [1, num_tokens]."""
     vocabulary = config.get_text_config().vocab_size
-    return torch.randint(0, vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -17,6 +19,9 @@ from swarm.errors import SwarmError
 
 #: A child that says nothing for this many seconds is given up.
 TIMEOUT = 300.0
+
+#: How a child begins a line with an answer in JSON.
+RESULT = "RESULT "
 
 
 class ChildProcess:
@@ -39,14 +44,29 @@ class ChildProcess:
 
     def wait_for(self, word: str) -> float:
         """Seconds from the start of the process to the line `word`. Raises SwarmError if that never comes."""
-        if self._process.stdout is None:
-            raise RuntimeError("the process was started without a pipe")
+        self._read_line(word)
+        return time.perf_counter() - self._started
+
+    def ask(self, question: str) -> None:
+        """Write a line to the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(question + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """The JSON of its next line `RESULT {...}`. Raises SwarmError if that never comes."""
+        answer: dict[str, Any] = json.loads(self._read_line(RESULT).removeprefix(RESULT))
+        return answer
+
+    def _read_line(self, start: str) -> str:
+        """Its next line that begins with `start`."""
+        assert self._process.stdout is not None
         timer = threading.Timer(TIMEOUT, self._process.kill)
         timer.start()
         try:
             for line in self._process.stdout:
-                if line.strip() == word:
-                    return time.perf_counter() - self._started
+                if line.startswith(start):
+                    return line
         finally:
             timer.cancel()
         self._errors.seek(0)
