@@ -327,7 +327,7 @@ def test_a_moving_server_is_left_without_loss_and_without_a_ban(swarm, streams):
 
 def test_a_moving_server_is_used_until_another_can_take_over(swarm, monkeypatch):
     monkeypatch.setattr("swarm.client.inference_session.MOVE_RETRY_PERIOD", 0.0)
-    client = swarm.connect(update_period=0.001)
+    client = swarm.connect(update_period=1e-9)
     user = client.user()
     user.step(5)
     swarm["E"].listed = False
