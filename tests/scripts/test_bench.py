@@ -58,6 +58,18 @@ def test_decode(tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "2 servers: decode" in capsys.readouterr().out
 
 
+def test_concurrent(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "concurrent.json"
+    arguments = ["--model", str(tiny_llama_folder), "--sessions", "3", "--clients", "2", "--runs", "2"]
+    assert run("concurrent", *arguments, "--new-tokens", "5", "--json", str(file)) == 0
+    results, found = read(file, "concurrent", runs=2)
+    for name in ("local: 1 row", "local: a batch of 2 rows", "echo: 1 session", "echo: 3 sessions", "clients: 2"):
+        assert results[name]["median"] > 0
+    ratio = results["echo: 3 sessions"]["median"] / results["echo: 1 session"]["median"]
+    assert found["ratios"]["echo: 3 sessions / 1"] == pytest.approx(ratio)
+    assert {"clients: 2 / 1", "clients: 1 / local: 1 row"} <= set(found["ratios"])
+
+
 @pytest.mark.slow
 def test_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
