@@ -82,7 +82,15 @@ class _Piece:
 class Engine:
     """Runs steps on its own thread, from `start` to `stop`. `submit` may be called from any thread."""
 
-    def __init__(self, span: Span, cache: KVCache, max_batch_tokens: int, threads: int | None = None):
+    def __init__(
+        self,
+        span: Span,
+        cache: KVCache,
+        max_batch_tokens: int,
+        threads: int | None = None,
+        on_death: Callable[[], object] = lambda: None,
+    ):
+        """on_death: called on the engine's thread when that ends though nobody stopped it, which is a bug of ours."""
         self.span = span
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
@@ -90,6 +98,7 @@ class Engine:
         self.num_batches = 0
         self.num_batched_rows = 0
         self._threads = threads
+        self._on_death = on_death
         self._tasks: deque[StepTask] = deque()
         self._settling = Settling()
         self._free_since = 0.0
@@ -126,7 +135,10 @@ class Engine:
         try:
             while (tasks := self._wait_for_work()) is not None:
                 self.step(tasks)
-        finally:  # also if a bug of ours ends this thread: nobody shall wait for it in vain
+        except Exception:
+            logger.exception("the engine's thread ends")
+            self._on_death()
+        finally:  # nobody shall wait for it in vain
             with self._wake:
                 self._stopping = True
             for task in self._tasks:

@@ -13,7 +13,7 @@ from swarm.architectures import architecture_of, check_span, num_blocks
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory
-from swarm.errors import NetworkError, UsageError
+from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
 from swarm.routing.placement import choose_span
 from swarm.tensors import DTYPES
@@ -40,6 +40,7 @@ class Server:
         self._state = ServerState.JOINING
         self._throughput = 0.0
         self._stop = asyncio.Event()
+        self._engine_died = asyncio.Event()
         self.node: Node
         self.span: BlockSpan
         self._engine: Engine | None = None
@@ -97,7 +98,14 @@ class Server:
 
         self._report(f"loading blocks {self.span} of {checkpoint.name}")
         span, self._throughput = await asyncio.to_thread(self._load, checkpoint, dtype, device)
-        self._engine = Engine(span, self._cache, config.max_batch_tokens, config.threads)
+        loop = asyncio.get_running_loop()
+        self._engine = Engine(
+            span,
+            self._cache,
+            config.max_batch_tokens,
+            config.threads,
+            on_death=lambda: loop.call_soon_threadsafe(self._engine_died.set),
+        )
         self._engine.start()
         sessions = SessionTable(self._cache, on_change=self._announcer.touch)
         self._handler = Handler(
@@ -148,17 +156,21 @@ class Server:
         self._stop.set()
 
     async def serve_until_stopped(self) -> None:
-        """Serve until `stop`, then drain and leave. Raises NetworkError if p2pd dies; nothing is left running."""
-        stopping = asyncio.create_task(self._stop.wait())
-        dying = asyncio.create_task(self.node.died.wait())
+        """Serve until `stop`, then drain and leave. Nothing is left running.
+
+        Raises NetworkError if p2pd dies, EngineError if the engine does.
+        """
+        endings = [asyncio.create_task(event.wait()) for event in (self._stop, self.node.died, self._engine_died)]
         try:
-            await asyncio.wait({stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
-            if dying.done():
+            await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
+            if self.node.died.is_set():
                 raise NetworkError(f"the network daemon died, so this server ends: {self.node.death_message}")
+            if self._engine_died.is_set():
+                raise EngineError("the engine died, so this server ends; the log above says of what")
             await self._drain()
         finally:
-            stopping.cancel()
-            dying.cancel()
+            for ending in endings:
+                ending.cancel()
             await self._leave()
 
     async def _drain(self) -> None:
