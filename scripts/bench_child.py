@@ -3,7 +3,7 @@
 client MODEL DTYPE PROMPT_TOKENS NEW_TOKENS ADDR...: a user's program. Prints TOKEN at its first token and DONE after
     the last, then lives until standard input closes, so that its memory can be read.
 generator MODEL DTYPE PROMPT_TOKENS NEW_TOKENS SEED ADDR...: a user's program that generates once for every line of its
-    standard input. Prints READY when it can, and for each line RESULT with `tokens` and `seconds`.
+    standard input. Prints READY when it can, and for each line RESULT with `tokens`.
 echo MODEL DTYPE PROMPT_TOKENS STEPS ADDR...: sessions without a model. For every line N of its standard input, N
     sessions each take STEPS steps, as fast as answers come back. Prints READY, and for each line RESULT with `seconds`.
 imports MODEL MODULE...: only imports, the modules and the model's own class. Prints DONE, then lives likewise.
@@ -55,8 +55,7 @@ def run_generator(model: str, dtype: str, prompt_tokens: str, new_tokens: str, s
         generate_remotely(remote, prompt, 2)
         print("READY", flush=True)
         for _ in sys.stdin:
-            generation = generate_remotely(remote, prompt, int(new_tokens))
-            _print_result(tokens=generation.tokens, seconds=generation.first + generation.rest)
+            _print_result(tokens=generate_remotely(remote, prompt, int(new_tokens)).tokens)
 
 
 def run_echo(model: str, dtype: str, prompt_tokens: str, steps: str, *initial_peers: str) -> None:

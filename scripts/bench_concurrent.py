@@ -15,7 +15,7 @@ import typer
 
 from swarm.errors import SwarmError
 
-from .bench_decode import DType, choose_threads, load_local
+from .bench_decode import DType, choose_threads, even_spans, load_local
 from .bench_report import JsonFile, Model, NewTokens, PromptTokens, Report, Runs, check_writable
 from .models import demo_model_folder
 
@@ -71,6 +71,7 @@ def measure(
     import torch
     import transformers
 
+    from swarm.architectures import num_blocks
     from swarm.checkpoint import open_checkpoint
 
     from .bench_generation import generate, random_prompt, threads
@@ -92,10 +93,11 @@ def measure(
         },
     )
     flags = ["--dtype", dtype, "--threads", str(server_threads)]
+    (whole,) = even_spans(num_blocks(checkpoint.config), 1)
     prompts = [random_prompt(checkpoint.config, prompt_tokens, seed) for seed in range(num_clients)]
     with ExitStack() as stack:
         progress("starting a server")
-        swarm = stack.enter_context(LocalSwarm(model, ["0:" + str(_num_blocks(checkpoint))], flags=flags))
+        swarm = stack.enter_context(LocalSwarm(model, [str(whole)], flags=flags))
         transformers.utils.logging.disable_progress_bar()
         local = load_local(checkpoint, dtype)
         progress("choosing the local model's threads")
@@ -123,7 +125,7 @@ def measure(
                     f"local: a batch of {num_clients} rows": _batch_speed(local, torch.cat(prompts), new_tokens),
                 }
             for count in sessions:
-                figures[f"echo: {_counted(count, 'session')}"] = _echo_speed(echo, count, new_tokens)
+                figures[f"echo: {count} session{'s'[: count > 1]}"] = _echo_speed(echo, count, new_tokens)
             for count in sorted({1, num_clients}):
                 figures[f"clients: {count}"] = _client_speed(generators[:count], expected)
             if number:  # the first warms up
@@ -144,16 +146,6 @@ def _add_ratios(report: Report, sessions: Sequence[int], num_clients: int) -> No
         many, batch = f"clients: {num_clients}", f"local: a batch of {num_clients} rows"
         report.ratios[f"{many} / 1"] = medians[many] / medians["clients: 1"]
         report.ratios[f"{many} / {batch}"] = medians[many] / medians[batch]
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s'[: count > 1]}"
-
-
-def _num_blocks(checkpoint: Any) -> int:
-    from swarm.architectures import num_blocks
-
-    return num_blocks(checkpoint.config)
 
 
 def _batch_speed(local: Any, prompts: Any, new_tokens: int) -> float:
