@@ -24,7 +24,7 @@ from swarm.tensors import DTYPES, all_finite
 
 from .block_client import BlockClient
 from .config import ClientConfig
-from .failover import SERVER_FAULTS, Failover, Hop, Replacement
+from .failover import STEP_FAILURES, Failover, Hop, Replacement
 from .history import split_step
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class InferenceSession:
             started = time.perf_counter()
             try:
                 output = await hop.span.step(rows, hidden)
-            except SERVER_FAULTS as error:
+            except STEP_FAILURES as error:
                 await self._failover.replace(self._hops, index, error, lengths, retries)
                 self._show_route()
                 continue

@@ -1,0 +1,109 @@
+"""Steps that wait for pages of an overcommitted cache. Without overcommitment none ever does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from swarm.errors import CacheFull, SessionLost, SwarmError
+
+from .eviction import EvictionLimits, Tenant, share_pages
+from .kv_cache import KVCache, SessionCache
+
+if TYPE_CHECKING:
+    from .engine import StepTask
+
+
+class PageQueue:
+    """Gives each step all its pages before it begins, so that none stops halfway. For the engine's thread alone,
+    between batches: no row is held then."""
+
+    def __init__(self, cache: KVCache, limits: EvictionLimits, clock: Callable[[], float] = time.monotonic):
+        """clock: seconds, the one of `StepTask.created`."""
+        self._cache = cache
+        self._limits = limits
+        self._clock = clock
+
+    def provide(self, tasks: Sequence[StepTask]) -> tuple[list[StepTask], list[tuple[StepTask, SwarmError]]]:
+        """The steps that have all their pages, and those that fail, each with its error. The rest must wait.
+
+        tasks: all steps that are not finished, oldest first. `waits_for_pages` is set on each.
+        """
+        if self._cache.overcommit == 1.0:
+            return list(tasks), []
+        failed: list[tuple[StepTask, SwarmError]] = []
+        by_session: dict[SessionCache, StepTask] = {}
+        wanted: dict[SessionCache, int] = {}
+        for task in tasks:
+            session = task.rows[0].cache.session
+            try:
+                wanted[session] = self._pages_wanted(session, task)
+            except SwarmError as error:
+                failed.append((task, error))
+            else:
+                by_session[session] = task
+                session.generating |= bool(session.num_pages) and any(row.num_tokens == 1 for row in task.rows)
+        if any(wanted.values()):
+            failed += self._share(by_session, wanted)
+        ready = []
+        for session, task in by_session.items():
+            task.waits_for_pages = bool(wanted[session])
+            if not task.waits_for_pages:
+                ready.append(task)
+        return ready, failed
+
+    def _pages_wanted(self, session: SessionCache, task: StepTask) -> int:
+        """A session that comes in gets a page more for each row, lest it replays in vain. Raises what the step gets."""
+        if session.evicted:
+            raise _evicted()
+        spare = 0 if session.num_pages else self._cache.page_size
+        return sum(
+            self._cache.pages_missing(row.cache, row.position + row.num_tokens, spare=spare) for row in task.rows
+        )
+
+    def _share(
+        self, tasks: dict[SessionCache, StepTask], wanted: dict[SessionCache, int]
+    ) -> list[tuple[StepTask, SwarmError]]:
+        """Ask the policy and act on it. Sets `wanted` to 0 where pages were taken; returns the steps that failed."""
+        now = self._clock()
+        sessions = self._cache.sessions()
+        tenants = [
+            Tenant(
+                held=session.num_pages,
+                wanted=wanted.get(session, 0),
+                waited=now - tasks[session].created if session in tasks else 0.0,
+                idle=0.0 if session in tasks else now - session.last_used,
+                resident=now - session.entered,
+                generating=session.generating,
+            )
+            for session in sessions
+        ]
+        decision = share_pages(self._cache.free_pages, tenants, self._limits)
+        failed: list[tuple[StepTask, SwarmError]] = []
+        for index in decision.evicted:
+            self._cache.evict(sessions[index])
+            if (task := tasks.pop(sessions[index], None)) is not None:
+                failed.append((task, _evicted()))
+        for index in decision.granted:
+            self._take(sessions[index], tasks[sessions[index]], now)
+            wanted[sessions[index]] = 0
+        for index in decision.refused:
+            task = tasks.pop(sessions[index])
+            text = f"no cache became free within {self._limits.page_wait_limit:g} s; go on elsewhere, or later"
+            failed.append((task, CacheFull(text, self._cache.tokens_left)))
+        return failed
+
+    def _take(self, session: SessionCache, task: StepTask, now: float) -> None:
+        spare = 0
+        if not session.num_pages:
+            session.entered = session.last_used = now
+            session.generating = False
+            spare = self._cache.page_size
+        for row in task.rows:
+            # A session that ended meanwhile takes nothing; the engine finds out when it makes room.
+            self._cache.grow(row.cache, min(row.position + row.num_tokens + spare, row.cache.max_length))
+
+
+def _evicted() -> SessionLost:
+    return SessionLost("the session was evicted: others needed its cache; it can be replayed")
