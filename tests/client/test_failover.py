@@ -342,7 +342,7 @@ def test_a_step_that_stays_refused_gives_up_in_bound(swarm):
     user.step(4)
     for name in "BE":
         swarm[name].fail("step", CacheFull("never any cache"), times=10**9)
-    with pytest.raises(CacheFull, match="gave up after .* 4 attempts"):
+    with pytest.raises(CacheFull, match=r"gave up after .* 4 attempts"):
         user.step()
     assert client.banned == set()
 

@@ -102,7 +102,7 @@ def test_every_decision_keeps_the_rules(free: int, tenants: list[Tenant]) -> Non
 
 
 class Session:
-    """One that generates `left` pages' worth of tokens, a page in a second, and replays all it has after an eviction."""
+    """One that generates `size` pages of tokens, a page in a second, and replays all after an eviction."""
 
     def __init__(self, size: int):
         self.size = size  # pages in the end
