@@ -58,7 +58,7 @@ class ServerConfig(BaseModel):
     """With `cache_overcommit`, while more sessions are active than fit: how long a step waits before a session that
     has held cache for as long is evicted for it. Long against a replay, lest servers do little else."""
 
-    page_wait_limit: Seconds = 30.0
+    page_wait_limit: Seconds = 45.0
     """With `cache_overcommit`: a step that waited for cache this long is refused. Below clients' `request_timeout`."""
 
     page_size: Annotated[int, Field(ge=1, le=4096)] = 64

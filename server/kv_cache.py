@@ -184,9 +184,11 @@ class KVCache:
     def pages_missing(self, row: RowCache, length: int, *, spare: int = 0) -> int:
         """Pages that the row must take for `length` tokens, and `spare` more if its max_length allows them.
 
-        Raises SessionTooLong like `grow`.
+        0 for a row that was released, which takes none. Raises SessionTooLong like `grow`.
         """
         self._check_length(row, length)
+        if row.released:
+            return 0
         return max(0, self._pages_for(min(length + spare, row.max_length)) - len(row.pages))
 
     def truncate(self, row: RowCache, length: int) -> None:

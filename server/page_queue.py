@@ -54,13 +54,17 @@ class PageQueue:
         return ready, failed
 
     def _pages_wanted(self, session: SessionCache, task: StepTask) -> int:
-        """A session that comes in gets a page more for each row, lest it replays in vain. Raises what the step gets."""
+        """Raises what the step gets instead, if it cannot run at all."""
         if session.evicted:
             raise _evicted()
-        spare = 0 if session.num_pages else self._cache.page_size
+        spare = self._spare(session)
         return sum(
             self._cache.pages_missing(row.cache, row.position + row.num_tokens, spare=spare) for row in task.rows
         )
+
+    def _spare(self, session: SessionCache) -> int:
+        """Tokens of room beyond its step for each row of a session that comes in, lest it replays in vain."""
+        return 0 if session.num_pages else self._cache.page_size // 2
 
     def _share(
         self, tasks: dict[SessionCache, StepTask], wanted: dict[SessionCache, int]
@@ -95,11 +99,10 @@ class PageQueue:
         return failed
 
     def _take(self, session: SessionCache, task: StepTask, now: float) -> None:
-        spare = 0
+        spare = self._spare(session)
         if not session.num_pages:
             session.entered = session.last_used = now
             session.generating = False
-            spare = self._cache.page_size
         for row in task.rows:
             # A session that ended meanwhile takes nothing; the engine finds out when it makes room.
             self._cache.grow(row.cache, min(row.position + row.num_tokens + spare, row.cache.max_length))

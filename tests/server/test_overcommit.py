@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from swarm.data_structures import BlockSpan
-from swarm.errors import CacheFull, SessionLost
+from swarm.errors import CacheFull, EngineError, SessionLost
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine, RowWork, StepOutput, StepTask
 from swarm.server.eviction import EvictionLimits
@@ -159,6 +159,17 @@ def test_after_a_turn_the_next_one_comes_in(make_world: Callable[..., World]) ->
             break
     assert future.result(LIMIT).queue_time >= 0.3
     assert world.cache.num_evictions == 1
+
+
+def test_a_step_whose_session_ends_while_it_waits_fails(make_world: Callable[..., World]) -> None:
+    world = make_world()
+    holder, waiting = world.admit(), world.admit()
+    world.run(holder, 3 * PAGE)
+    future = world.submit(waiting, num_tokens=1)
+    world.wait_for_a_round()
+    world.cache.release([waiting])
+    with pytest.raises(EngineError, match="the session ended"):
+        future.result(LIMIT)
 
 
 def test_a_step_that_waited_too_long_is_refused(make_world: Callable[..., World]) -> None:
