@@ -56,7 +56,11 @@ class ServerConfig(BaseModel):
 
     turn_time: Seconds = 10.0
     """With `cache_overcommit`, while more sessions are active than fit: how long a step waits before a session that
-    has held cache for as long is evicted for it. Long against a replay, lest servers do little else."""
+    has held cache for as long is evicted for it."""
+
+    replay_share: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """With `cache_overcommit`: part of the server's time that replays may take of sessions whose turn was over.
+    Where that is too little for turns of `turn_time`, turns are longer."""
 
     page_wait_limit: Seconds = 45.0
     """With `cache_overcommit`: a step that waited for cache this long is refused. Below clients' `request_timeout`."""

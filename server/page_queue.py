@@ -24,6 +24,9 @@ class PageQueue:
         self._cache = cache
         self._limits = limits
         self._clock = clock
+        self._entering: list[StepTask] = []  # the last sessions that came in together
+        self._replay_cost = 0.0  # device seconds per token of theirs
+        self._next_turn = 0.0
 
     def provide(self, tasks: Sequence[StepTask]) -> tuple[list[StepTask], list[tuple[StepTask, SwarmError]]]:
         """The steps that have all their pages, and those that fail, each with its error. The rest must wait.
@@ -71,6 +74,7 @@ class PageQueue:
     ) -> list[tuple[StepTask, SwarmError]]:
         """Ask the policy and act on it. Sets `wanted` to 0 where pages were taken; returns the steps that failed."""
         now = self._clock()
+        self._measure_replays()
         sessions = self._cache.sessions()
         tenants = [
             Tenant(
@@ -83,7 +87,12 @@ class PageQueue:
             )
             for session in sessions
         ]
-        decision = share_pages(self._cache.free_pages, tenants, self._limits)
+        decision = share_pages(self._cache.free_pages, tenants, self._limits, may_end_turn=now >= self._next_turn)
+        if decision.turn_over:
+            tokens = sum(row.length for index in decision.turn_over for row in sessions[index].rows)
+            self._next_turn = now + tokens * self._replay_cost / self._limits.replay_share
+        newcomers = [tasks[sessions[index]] for index in decision.granted if not tenants[index].held]
+        self._entering = newcomers or self._entering
         failed: list[tuple[StepTask, SwarmError]] = []
         for index in decision.evicted:
             self._cache.evict(sessions[index])
@@ -97,6 +106,13 @@ class PageQueue:
             text = f"no cache became free within {self._limits.page_wait_limit:g} s; go on elsewhere, or later"
             failed.append((task, CacheFull(text, self._cache.tokens_left)))
         return failed
+
+    def _measure_replays(self) -> None:
+        """What it costs to bring sessions in, by those who just came. Prompts and replays are alike."""
+        if self._entering and all(task.done for task in self._entering):
+            tokens = sum(len(task.hidden) for task in self._entering)
+            self._replay_cost = max(task.compute_time for task in self._entering) / tokens
+            self._entering = []
 
     def _take(self, session: SessionCache, task: StepTask, now: float) -> None:
         spare = self._spare(session)

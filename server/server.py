@@ -108,7 +108,9 @@ class Server:
             config.max_batch_tokens,
             config.threads,
             on_death=lambda: loop.call_soon_threadsafe(self._engine_died.set),
-            limits=EvictionLimits(config.idle_protection, config.turn_time, config.page_wait_limit),
+            limits=EvictionLimits(
+                config.idle_protection, config.turn_time, config.replay_share, config.page_wait_limit
+            ),
         )
         self._engine.start()
         sessions = SessionTable(self._cache, on_change=self._announcer.touch)

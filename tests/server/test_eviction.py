@@ -56,7 +56,10 @@ def test_one_that_replays_does_not_yield_halfway() -> None:
 def test_after_a_turn_the_longest_resident_makes_room() -> None:
     residents = [Tenant(held=2, resident=12.0), Tenant(held=2, resident=30.0), Tenant(held=9, resident=9.0)]
     waiting = Tenant(held=0, wanted=2, waited=10.0)
-    assert share_pages(0, [*residents, waiting], LIMITS) == Decision(granted=(3,), evicted=(1,))
+    assert share_pages(0, [*residents, waiting], LIMITS) == Decision(granted=(3,), evicted=(1,), turn_over=(1,))
+    assert share_pages(0, [*residents, waiting], LIMITS, may_end_turn=False) == Decision()
+    both = share_pages(0, [*residents, waiting, replace(waiting, waited=11.0)], LIMITS)
+    assert both == Decision(granted=(4,), evicted=(1,), turn_over=(1,))  # the other's turn comes next
     assert share_pages(0, [*residents, replace(waiting, waited=9.9)], LIMITS) == Decision()
     assert share_pages(0, [*residents, replace(waiting, wanted=5)], LIMITS) == Decision()
 
