@@ -154,8 +154,8 @@ class Failover:
         logger.warning("lost server %s (blocks %s): %s", lost.link.peer_id, lost.link.span, error)
         await retries.after(error, wait=False)
         started = time.monotonic()
-        # A server that lets us go has room for us again, whatever it announced before.
-        trust_announcements = not isinstance(error, SessionLost | CacheFull)
+        # A server that evicted us has room for us again, whatever it announced before.
+        trust_announcements = not isinstance(error, SessionLost)
         while True:
             try:
                 found = await self._open(
@@ -166,8 +166,20 @@ class Failover:
                 await self._before_retry(retries, failure)
         self._note(hops, index, found, str(error), lengths, started)
 
-    async def move(self, hops: list[Hop], index: int, lengths: Sequence[int]) -> bool:
-        """Leave a server that is going away, while it still works. False if no other server can take its place yet."""
+    async def wait_for_cache(
+        self, hops: list[Hop], index: int, error: CacheFull, lengths: Sequence[int], retries: Retries
+    ) -> None:
+        """After an overcommitted server had no cache for a step: go on elsewhere, or pause before it is asked again.
+
+        It keeps the session, and its place in the line. Raises CacheFull when `retries` are used up.
+        """
+        if not await self.move(hops, index, lengths, reason=str(error)):
+            await retries.after(error, wait=True)
+
+    async def move(
+        self, hops: list[Hop], index: int, lengths: Sequence[int], *, reason: str = "the server is leaving"
+    ) -> bool:
+        """Leave a server while it still holds the session. False if no other server can take its place yet."""
         leaving = hops[index]
         started = time.monotonic()
         try:
@@ -178,7 +190,7 @@ class Failover:
             logger.warning("cannot leave server %s yet: %s", leaving.link.peer_id, error)
             return False
         leaving.span.close()
-        self._note(hops, index, found, "the server is leaving", lengths, started)
+        self._note(hops, index, found, reason, lengths, started)
         return True
 
     def answered(self, hop: Hop) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarm.data_structures import BlockSpan
-from swarm.errors import SessionTooLong, UsageError
+from swarm.errors import CacheFull, SessionTooLong, UsageError
 from swarm.node import NodeThread
 from swarm.protocol import RowSlice
 from swarm.routing.chain import Chain
@@ -24,7 +24,7 @@ from swarm.tensors import DTYPES, all_finite
 
 from .block_client import BlockClient
 from .config import ClientConfig
-from .failover import STEP_FAILURES, Failover, Hop, Replacement
+from .failover import SERVER_FAULTS, Failover, Hop, Replacement
 from .history import split_step
 
 if TYPE_CHECKING:
@@ -213,7 +213,11 @@ class InferenceSession:
             started = time.perf_counter()
             try:
                 output = await hop.span.step(rows, hidden)
-            except STEP_FAILURES as error:
+            except CacheFull as error:
+                await self._failover.wait_for_cache(self._hops, index, error, lengths, retries)
+                self._show_route()
+                continue
+            except SERVER_FAULTS as error:
                 await self._failover.replace(self._hops, index, error, lengths, retries)
                 self._show_route()
                 continue

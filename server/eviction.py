@@ -25,13 +25,15 @@ class Tenant:
     """One session between two batches. Times in seconds.
 
     held: its pages. wanted: pages that its waiting step lacks; 0 if it lacks none, or no step waits.
-    waited: since that step came. idle: since its last step ended; 0 while one waits.
+    waited: since it began to wait for pages. step_waited: since this step came, which may be the second that asks for
+    them after one that was refused. idle: since its last step ended; 0 while one waits.
     resident: since it took its first page. generating: it went beyond its prompt or replay since then.
     """
 
     held: int
     wanted: int = 0
     waited: float = 0.0
+    step_waited: float = 0.0
     idle: float = 0.0
     resident: float = 0.0
     generating: bool = True
@@ -53,14 +55,14 @@ class Decision:
 def share_pages(free: int, tenants: Sequence[Tenant], limits: EvictionLimits, *, may_end_turn: bool = True) -> Decision:
     """Decide on all steps that lack pages. `free`: pages that nobody holds.
 
-    The line: sessions that hold pages and want more, longest resident first, then those that want to come in, oldest
-    step first. Nobody overtakes, and nobody is evicted unless the one who needs it gets all it wants. Evicted are
+    The line: sessions that hold pages and want more, longest resident first, then those that want to come in, longest
+    waiting first. Nobody overtakes, and nobody is evicted unless the one who needs it gets all it wants. Evicted are
 
     - sessions idle for longer than `idle_protection`, longest idle first;
     - in favour of a resident: others that wait for pages themselves, last come first. Two that wait for each other's
       pages are of no use to anybody;
-    - once a step has waited for `turn_time`: sessions that have been resident for as long, longest first (round robin).
-      One step in a decision, and none unless `may_end_turn`.
+    - for one that has waited for `turn_time`: sessions that have been resident for as long, longest first (round
+      robin). One in a decision, and none unless `may_end_turn`.
     """
     residents = sorted((i for i, t in enumerate(tenants) if t.wanted and t.held), key=lambda i: -tenants[i].resident)
     newcomers = sorted((i for i, t in enumerate(tenants) if t.wanted and not t.held), key=lambda i: -tenants[i].waited)
@@ -90,7 +92,7 @@ def share_pages(free: int, tenants: Sequence[Tenant], limits: EvictionLimits, *,
     refused = [
         index
         for index in (*residents, *newcomers)
-        if index not in settled and tenants[index].waited >= limits.page_wait_limit
+        if index not in settled and tenants[index].step_waited >= limits.page_wait_limit
     ]
     return Decision(tuple(granted), tuple(evicted), tuple(refused), tuple(turn_over))
 

@@ -38,12 +38,14 @@ class SessionCache:
     """The rows of one session, which are evicted as a whole.
 
     entered, last_used: when it took its first page, and when its last batch ended, in seconds of `time.monotonic`.
+    waiting_since: when it began to wait for the pages that it lacks, in one step or several; None if it lacks none.
     generating: it went beyond its prompt or replay since it entered. evicted: its rows were released for others.
     """
 
     def __init__(self, num_rows: int, max_length: int):
         self.rows = [RowCache(self, max_length) for _ in range(num_rows)]
         self.entered = self.last_used = 0.0
+        self.waiting_since: float | None = None
         self.generating = False
         self.evicted = False
 

@@ -76,11 +76,15 @@ class PageQueue:
         now = self._clock()
         self._measure_replays()
         sessions = self._cache.sessions()
+        for session, task in tasks.items():
+            if wanted[session] and session.waiting_since is None:
+                session.waiting_since = task.created
         tenants = [
             Tenant(
                 held=session.num_pages,
                 wanted=wanted.get(session, 0),
-                waited=now - tasks[session].created if session in tasks else 0.0,
+                waited=0.0 if session.waiting_since is None else now - session.waiting_since,
+                step_waited=now - tasks[session].created if session in tasks else 0.0,
                 idle=0.0 if session in tasks else now - session.last_used,
                 resident=now - session.entered,
                 generating=session.generating,
@@ -96,8 +100,8 @@ class PageQueue:
         failed: list[tuple[StepTask, SwarmError]] = []
         for index in decision.evicted:
             self._cache.evict(sessions[index])
-            if (task := tasks.pop(sessions[index], None)) is not None:
-                failed.append((task, _evicted()))
+            if sessions[index] in tasks:
+                failed.append((tasks.pop(sessions[index]), _evicted()))
         for index in decision.granted:
             self._take(sessions[index], tasks[sessions[index]], now)
             wanted[sessions[index]] = 0
@@ -116,6 +120,7 @@ class PageQueue:
 
     def _take(self, session: SessionCache, task: StepTask, now: float) -> None:
         spare = self._spare(session)
+        session.waiting_since = None
         if not session.num_pages:
             session.entered = session.last_used = now
             session.generating = False

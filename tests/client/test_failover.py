@@ -324,16 +324,31 @@ def test_a_step_refused_for_want_of_cache_goes_on_elsewhere(swarm):
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_where_there_is_nobody_else_a_refused_step_waits_for_the_same_server(swarm, streams):
+def test_where_there_is_nobody_else_a_refused_step_is_sent_again(swarm, streams):
+    """In the same session, which has a place in the server's line."""
     del swarm.servers["E"]
     client = swarm.connect(streams=streams)
     user = client.user()
     user.step(4)
-    swarm["B"].fail("step", CacheFull("no cache became free"), times=3)  # the step, then two replays
+    swarm["B"].fail("step", CacheFull("no cache became free"), times=3)
     user.step()
     assert user.route == USUAL
     assert client.banned == set()
-    assert swarm["B"].opened == 4
+    assert swarm["B"].opened == 1
+    assert user.session.replacements == []
+
+
+def test_a_refused_replay_waits_for_the_same_server(swarm):
+    del swarm.servers["E"]
+    client = swarm.connect()
+    user = client.user()
+    user.step(4)
+    swarm["B"].lose_sessions()
+    swarm["B"].fail("step", CacheFull("no cache became free"), times=2)
+    user.step()
+    assert user.route == USUAL
+    assert client.banned == set()
+    assert len(swarm["B"].spans) == 1
 
 
 def test_a_step_that_stays_refused_gives_up_in_bound(swarm):

@@ -172,14 +172,19 @@ def test_a_step_whose_session_ends_while_it_waits_fails(make_world: Callable[...
         future.result(LIMIT)
 
 
-def test_a_step_that_waited_too_long_is_refused(make_world: Callable[..., World]) -> None:
-    world = make_world(page_wait_limit=0.2)
-    holder, waiting = world.admit(), world.admit()
+def test_a_refused_step_keeps_its_place_in_the_line(make_world: Callable[..., World]) -> None:
+    world = make_world(page_wait_limit=0.3)
+    holder, early, late = world.admit(), world.admit(), world.admit()
     world.run(holder, 3 * PAGE)
-    with pytest.raises(CacheFull, match=r"no cache became free within 0.2 s; go on elsewhere"):
-        world.submit(waiting, num_tokens=1).result(LIMIT)
+    with pytest.raises(CacheFull, match=r"no cache became free within 0.3 s; go on elsewhere"):
+        world.submit(early, num_tokens=3 * PAGE).result(LIMIT)
+    second = world.submit(late, num_tokens=3 * PAGE)
+    world.wait_for_a_round()
+    again = world.submit(early, num_tokens=3 * PAGE)  # younger than the other's step
     world.cache.release([holder])
-    world.run(waiting, 1)  # the session is as it was
+    assert len(again.result(LIMIT).hidden) == 3 * PAGE
+    with pytest.raises(CacheFull):
+        second.result(LIMIT)
 
 
 def test_without_overcommitment_nothing_waits() -> None:
