@@ -7,7 +7,7 @@ generator MODEL DTYPE PROMPT_TOKENS NEW_TOKENS SEED ADDR...: a user's program th
 crowd MODEL DTYPE PROMPT_TOKENS NEW_TOKENS ADDR...: many users in one process. For every line N of its standard input, N
     sessions generate at once, each from a prompt of its own (seeds 0 to N - 1). Prints READY, and for each line RESULT
     with `seconds`, and of every session `tokens`, `gaps` (the longest between two tokens), `firsts` (seconds to the
-    first token) and `replacements`.
+    first token) and `evictions`.
 echo MODEL DTYPE PROMPT_TOKENS STEPS ADDR...: sessions without a model. For every line N of its standard input, N
     sessions each take STEPS steps, as fast as answers come back. Prints READY, and for each line RESULT with `seconds`.
 imports MODEL MODULE...: only imports, the modules and the model's own class. Prints DONE, then lives likewise.
@@ -79,7 +79,8 @@ def run_crowd(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *init
         def run(seed: int) -> tuple[Generation, int]:
             prompt = random_prompt(config, int(prompt_tokens), seed)
             with remote.inference_session(max_length=int(prompt_tokens) + int(new_tokens)) as session:
-                return generate(remote, prompt, int(new_tokens), session), len(session.replacements)
+                generation = generate(remote, prompt, int(new_tokens), session)
+                return generation, sum("evicted" in replacement.reason for replacement in session.replacements)
 
         run(0)
         print("READY", flush=True)
@@ -93,7 +94,7 @@ def run_crowd(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *init
                 tokens=[generation.tokens for generation, _ in done],
                 gaps=[generation.longest_gap for generation, _ in done],
                 firsts=[generation.first for generation, _ in done],
-                replacements=[replacements for _, replacements in done],
+                evictions=[evictions for _, evictions in done],
             )
 
 

@@ -128,7 +128,7 @@ def _run(crowd: ChildProcess, count: int, new_tokens: int, reference: Reference)
         (f"{name}: speed", "tokens/s"): count * new_tokens / answer["seconds"],
         (f"{name}: longest gap between tokens", "s"): max(answer["gaps"]),
         (f"{name}: longest wait for the first token", "s"): max(answer["firsts"]),
-        (f"{name}: evictions", "sessions"): sum(answer["replacements"]),
+        (f"{name}: evictions", "sessions"): sum(answer["evictions"]),
     }
 
 
