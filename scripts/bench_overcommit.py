@@ -158,7 +158,9 @@ class Reference:
     def _generate(self, prompts: torch.Tensor) -> list[list[int]]:
         import torch
 
-        with torch.inference_mode():
+        from .bench_generation import threads
+
+        with threads(1), torch.inference_mode():  # two that share their cores with others wait for each other
             output = self._local.generate(
                 prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=self._new_tokens, do_sample=False
             )
