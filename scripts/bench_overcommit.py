@@ -27,7 +27,7 @@ def overcommit(
     sessions: Annotated[int, typer.Option(min=1, help="Sessions whose whole length the cache holds.")] = 10,
     factor: Annotated[int, typer.Option(min=1, help="Overcommitment, and how many times as many sessions come.")] = 4,
     prompt_tokens: PromptTokens = 16,
-    new_tokens: NewTokens = 176,
+    new_tokens: NewTokens = 112,
     runs: Runs = 1,
     dtype: Annotated[DType, typer.Option(help="Of weights and activations everywhere.")] = DType.FLOAT32,
     server_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the server.")] = 1,

@@ -58,7 +58,7 @@ class ServerConfig(BaseModel):
     """With `cache_overcommit`, while more sessions are active than fit: how long a step waits before a session that
     has held cache for as long is evicted for it."""
 
-    replay_share: Annotated[float, Field(gt=0, le=1)] = 0.15
+    replay_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """With `cache_overcommit`: part of the server's time that replays may take of sessions whose turn was over.
     Where that is too little for turns of `turn_time`, turns are longer."""
 

@@ -16,7 +16,7 @@ class EvictionLimits:
 
     idle_protection: float = 2.0
     turn_time: float = 10.0
-    replay_share: float = 0.15
+    replay_share: float = 0.25
     page_wait_limit: float = 45.0
 
 

@@ -40,8 +40,8 @@ class Users:
         return SwarmConnection(self._checkpoint, self._config)
 
     def come_and_go(self, count: int) -> None:
-        """`count` sessions. In each wave a whole peer is killed with the sessions that it has."""
-        for _ in range(count // WAVE):
+        """At least `count` sessions. In each wave a whole peer is killed with the sessions that it has."""
+        for _ in range(-(-count // WAVE)):
             doomed = self.connect()
             try:
                 staying = asyncio.run_coroutine_threadsafe(self._wave(), self.connection.thread.loop)
