@@ -34,47 +34,47 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """Store the new keys and values, then attend each row's new tokens to its whole context.
 
-    query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], the layer's new tokens.
+    query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], the new tokens of the layer, and
+        the padding behind them if the batch has any.
     sliding_window, softcap, s_aux: passed by models that use them (Mistral, Gemma 2, gpt-oss).
-    Returns [1, tokens, heads, head_dim].
+    Returns [1, tokens, heads, head_dim], zeros for padding.
     """
-    new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys, values = flat_batch.cache.storage(module.layer_idx, new_keys, new_values)  # type: ignore[arg-type]
-    keys.index_copy_(0, flat_batch.slots, new_keys)
-    values.index_copy_(0, flat_batch.slots, new_values)
+    keys, values = flat_batch.cache.storage(module.layer_idx, key, value)  # type: ignore[arg-type]
+    keys.index_copy_(2, flat_batch.slots, key[:, :, : flat_batch.num_tokens])
+    values.index_copy_(2, flat_batch.slots, value[:, :, : flat_batch.num_tokens])
 
     outputs = []
     for row in flat_batch.rows:
-        row_query = query[:, :, row.first : row.first + row.num_tokens]
-        # [1, kv_heads, length, head_dim]; a view, not a copy, where the row's pages lie side by side
-        row_keys = keys[row.context].transpose(0, 1)[None]
-        row_values = values[row.context].transpose(0, 1)[None]
-        if softcap is None and s_aux is None:
-            output = _attend(row, row_query, row_keys, row_values, scaling, sliding_window)
-        else:
+        row_query = query.narrow(2, row.first, row.num_tokens)
+        row_keys, row_values = row.visible(keys, sliding_window), row.visible(values, sliding_window)
+        if softcap is not None or s_aux is not None:
             output = _attend_explicitly(row, row_query, row_keys, row_values, scaling, sliding_window, softcap, s_aux)
+        elif row.num_tokens == 1:
+            output = _attend_one(row_query, row_keys, row_values, scaling)
+        else:
+            output = _attend(row, row_query, row_keys, row_values, scaling, sliding_window)
         outputs.append(output.transpose(1, 2))
+    if flat_batch.padding:
+        outputs.append(query.new_zeros(1, flat_batch.padding, *outputs[0].shape[2:]))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def _attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """One token sees all of its context, so the query heads that share a KV head can stand as its queries."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    packed = query.reshape(1, kv_heads, heads // kv_heads, -1)
+    output = F.scaled_dot_product_attention(packed, key, value, scale=scaling)
+    return output.reshape(1, heads, 1, -1)
 
 
 def _attend(
     row: RowView, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
 ) -> torch.Tensor:
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if row.num_tokens == 1:
-        if window is not None and row.length > window:
-            key, value = key[:, :, -window:], value[:, :, -window:]
-        # One token sees all of its context, so the query heads that share a KV head can stand as its queries.
-        packed = query.reshape(1, kv_heads, heads // kv_heads, -1)
-        output = F.scaled_dot_product_attention(packed, key, value, scale=scaling)
-        return output.reshape(1, heads, 1, -1)
-    if heads != kv_heads:
-        key = key.repeat_interleave(heads // kv_heads, dim=1)
-        value = value.repeat_interleave(heads // kv_heads, dim=1)
+    grouped = query.shape[1] != key.shape[1]
     if row.num_tokens == row.length and (window is None or row.length <= window):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    mask = row.causal_mask(window, query.device)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    mask = row.additive_mask(window, query)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
 def _attend_explicitly(
@@ -93,7 +93,7 @@ def _attend_explicitly(
     scores = query @ key.transpose(-1, -2) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~row.causal_mask(window, query.device), float("-inf"))
+    scores = scores + row.additive_mask(window, query)
     if sinks is None:
         weights = scores.softmax(dim=-1, dtype=torch.float32)
     else:

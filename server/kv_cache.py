@@ -163,9 +163,9 @@ class KVCache:
         return pages[-1] - pages[0] == len(pages) - 1 and all(b - a == 1 for a, b in pairwise(pages))
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, each [slots, kv_heads, head_dim]; made when the layer's first tokens arrive.
+        """Keys and values of a layer, each [1, kv_heads, slots, head_dim]; made when the layer's first tokens arrive.
 
-        key, value: [tokens, kv_heads, head_dim], examples of what will be stored (models differ by layer).
+        key, value: [1, kv_heads, tokens, head_dim], examples of what will be stored (models differ by layer).
         Raises UsageError if the device has no memory for them.
         """
         keys, values = self._keys[layer], self._values[layer]
@@ -173,7 +173,8 @@ class KVCache:
             slots = self.num_pages * self.page_size
             try:
                 keys, values = (
-                    torch.empty(slots, *like.shape[1:], device=self._device, dtype=self._dtype) for like in (key, value)
+                    torch.empty(1, like.shape[1], slots, like.shape[3], device=self._device, dtype=self._dtype)
+                    for like in (key, value)
                 )
             except RuntimeError as error:  # torch has no narrower one for the CPU
                 raise UsageError(

@@ -7,12 +7,12 @@ import torch
 from swarm.architectures import architecture_of, check_span, num_blocks, span_config, span_tensors
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan
-from swarm.few_rows import speed_up_few_rows
 from swarm.quiet import quiet_loading
 
 from .attention import use_paged_attention
 from .config import Quantization
 from .int8_linear import keep_activations
+from .packed_linear import MIN_ROWS, pack_linear_layers
 from .quantization import quantization_config
 from .span import Span
 
@@ -50,5 +50,5 @@ def load_span(
     if quantization == "int8" and device.type == "cpu":
         keep_activations(model)
     model.eval().requires_grad_(False)
-    speed_up_few_rows(model)
-    return Span(model, architecture, span, device=device, dtype=dtype)
+    min_tokens = MIN_ROWS if pack_linear_layers(model) else 1
+    return Span(model, architecture, span, device=device, dtype=dtype, min_tokens=min_tokens)

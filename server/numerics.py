@@ -8,8 +8,8 @@ import torch
 
 from .config import Quantization
 
-#: Changes when attention.py or few_rows.py computes differently.
-KERNEL_VERSION = "paged2"
+#: Changes when attention.py or packed_linear.py computes differently.
+KERNEL_VERSION = "paged3"
 
 
 def numerics_tag(dtype: torch.dtype, quantization: Quantization, device: torch.device) -> str:

@@ -30,10 +30,13 @@ class Span:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        min_tokens: int = 1,
     ):
+        """min_tokens: smaller batches are padded to this size, because the linear layers are not faster with less."""
         self.blocks = blocks
         self.device = device
         self.dtype = dtype
+        self.min_tokens = min_tokens
         self.hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[operator,union-attr]
         self._model = model
         self._architecture = architecture
@@ -68,11 +71,13 @@ class Span:
     def _run_segment(
         self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache, start: int, end: int
     ) -> torch.Tensor:
-        batch = FlatBatch(chunks, cache, self.device)
+        batch = FlatBatch(chunks, cache, self.device, self.min_tokens)
+        if batch.padding:  # with copies, which choose the same experts as the last token where a model has some
+            hidden = torch.cat([hidden, hidden[-1:].expand(batch.padding, -1)])
         output = self._slice(start, end)(
             inputs_embeds=hidden[None], position_ids=batch.position_ids, use_cache=False, flat_batch=batch
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state[0, : batch.num_tokens]
 
     def _slice(self, start: int, end: int) -> nn.Module:
         """The model with only blocks [start, end) of the span; shares all weights."""

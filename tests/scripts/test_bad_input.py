@@ -137,7 +137,7 @@ def test_flags_of_a_server(
 
 def test_a_cache_that_does_not_fit_into_memory() -> None:
     cache = KVCache(1, 2**44, 2**44, torch.device("cpu"), torch.float32)
-    token = torch.zeros(1, 2, 16)
+    token = torch.zeros(1, 2, 1, 16)
     with pytest.raises(UsageError, match="a KV cache of 17592186044416 tokens does not fit into the memory of cpu"):
         cache.storage(0, token, token)
 
