@@ -7,13 +7,14 @@ computes raises `numerics.KERNEL_VERSION`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from .batch import FlatBatch, RowView
+from .decode_batch import DecodeBatch
 
 NAME = "swarm"
 
@@ -25,7 +26,7 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    flat_batch: FlatBatch,
+    flat_batch: FlatBatch | DecodeBatch,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -42,62 +43,87 @@ def paged_attention(
     keys, values = flat_batch.cache.storage(module.layer_idx, key, value)  # type: ignore[arg-type]
     keys.index_copy_(2, flat_batch.slots, key[:, :, : flat_batch.num_tokens])
     values.index_copy_(2, flat_batch.slots, value[:, :, : flat_batch.num_tokens])
-
-    outputs = []
-    for row in flat_batch.rows:
-        row_query = query.narrow(2, row.first, row.num_tokens)
-        row_keys, row_values = row.visible(keys, sliding_window), row.visible(values, sliding_window)
-        if softcap is not None or s_aux is not None:
-            output = _attend_explicitly(row, row_query, row_keys, row_values, scaling, sliding_window, softcap, s_aux)
-        elif row.num_tokens == 1:
-            output = _attend_one(row_query, row_keys, row_values, scaling)
-        else:
-            output = _attend(row, row_query, row_keys, row_values, scaling, sliding_window)
-        outputs.append(output.transpose(1, 2))
+    variant = Variant(scaling, sliding_window, softcap, s_aux)
+    if isinstance(flat_batch, DecodeBatch):
+        return _attend_together(flat_batch, query, keys, values, variant), None
+    outputs = [_attend_row(row, query, keys, values, variant).transpose(1, 2) for row in flat_batch.rows]
     if flat_batch.padding:
         outputs.append(query.new_zeros(1, flat_batch.padding, *outputs[0].shape[2:]))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
-def _attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """One token sees all of its context, so the query heads that share a KV head can stand as its queries."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    packed = query.reshape(1, kv_heads, heads // kv_heads, -1)
-    output = F.scaled_dot_product_attention(packed, key, value, scale=scaling)
-    return output.reshape(1, heads, 1, -1)
+class Variant(NamedTuple):
+    """What models do differently in attention. sinks: a learned score for each head, beside those of the context."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    @property
+    def is_explicit(self) -> bool:
+        """The fused kernels lack this."""
+        return self.softcap is not None or self.sinks is not None
 
 
-def _attend(
-    row: RowView, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+def _attend_row(
+    row: RowView, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: Variant
 ) -> torch.Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    if row.num_tokens == row.length and (window is None or row.length <= window):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-    mask = row.additive_mask(window, query)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    """query: of the whole batch. Returns [1, heads, the row's tokens, head_dim]."""
+    query = query.narrow(2, row.first, row.num_tokens)
+    key, value = row.visible(keys, variant.window), row.visible(values, variant.window)
+    if variant.is_explicit:
+        return _attend_explicitly(query, key, value, row.additive_mask(variant.window, query), variant)
+    if row.num_tokens == 1:
+        # One token sees all of its context, so the query heads that share a KV head can stand as its queries.
+        packed = query.reshape(1, key.shape[1], -1, query.shape[3])
+        output = F.scaled_dot_product_attention(packed, key, value, scale=variant.scaling)
+        return output.reshape(query.shape)
+    whole = row.num_tokens == row.length == key.shape[2] and (variant.window is None or row.length <= variant.window)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if whole else row.additive_mask(variant.window, query),
+        is_causal=whole,
+        scale=variant.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _attend_together(
+    batch: DecodeBatch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: Variant
+) -> torch.Tensor:
+    """One new token of every row. query: [1, heads, rows, head_dim]; returns [1, rows, heads, head_dim]."""
+    key, value = batch.gather(keys, variant.window), batch.gather(values, variant.window)
+    visible = batch.visible(variant.window)[:, None, None, :]
+    query = query[0].transpose(0, 1)[:, :, None]  # [rows, heads, 1, head_dim]
+    if variant.is_explicit:
+        mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, float("-inf"))
+        output = _attend_explicitly(query, key, value, mask, variant)
+    else:
+        packed = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        output = F.scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=variant.scaling)
+    return output.reshape(1, len(query), -1, query.shape[3])
 
 
 def _attend_explicitly(
-    row: RowView,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, variant: Variant
 ) -> torch.Tensor:
-    """Attention with what the fused kernels lack: soft-capped scores, and a learned sink beside the context."""
+    """Attention with soft-capped scores or a learned sink beside the context.
+
+    query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, context, head_dim]; mask: added to the scores.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + row.additive_mask(window, query)
-    if sinks is None:
+    scores = query @ key.transpose(-1, -2) * variant.scaling
+    if variant.softcap is not None:
+        scores = torch.tanh(scores / variant.softcap) * variant.softcap
+    scores = scores + mask
+    if variant.sinks is None:
         weights = scores.softmax(dim=-1, dtype=torch.float32)
     else:
-        sink_scores = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        sink_scores = variant.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
         weights = torch.cat([scores, sink_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
     return weights.to(value.dtype) @ value
 
@@ -105,15 +131,11 @@ def _attend_explicitly(
 def use_paged_attention(model: torch.nn.Module) -> None:
     """Make every attention module of `model` call `paged_attention`.
 
+    No mask function is registered beside it: the model then builds no mask. Rows know what they may see.
     `set_attn_implementation` misses copies of the config that submodules hold, so each one is set.
     """
     AttentionInterface.register(NAME, paged_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:
             config._attn_implementation = NAME
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Rows know what they may see; the model builds no mask for the flattened batch."""

@@ -37,6 +37,8 @@ class KVCache:
     def __init__(self, num_layers: int, cache_tokens: int, page_size: int, device: torch.device, dtype: torch.dtype):
         self.page_size = page_size
         self.num_pages = max(1, cache_tokens // page_size)
+        #: A page that belongs to nobody: padding of a batch may write there.
+        self.scratch_page = self.num_pages
         self._device, self._dtype = device, dtype
         self._keys: list[torch.Tensor | None] = [None] * num_layers
         self._values: list[torch.Tensor | None] = [None] * num_layers
@@ -170,7 +172,7 @@ class KVCache:
         """
         keys, values = self._keys[layer], self._values[layer]
         if keys is None or values is None:
-            slots = self.num_pages * self.page_size
+            slots = (self.num_pages + 1) * self.page_size
             try:
                 keys, values = (
                     torch.empty(1, like.shape[1], slots, like.shape[3], device=self._device, dtype=self._dtype)
@@ -178,7 +180,8 @@ class KVCache:
                 )
             except RuntimeError as error:  # torch has no narrower one for the CPU
                 raise UsageError(
-                    f"a KV cache of {slots} tokens does not fit into the memory of {self._device}; lower cache_tokens"
+                    f"a KV cache of {self.num_pages * self.page_size} tokens does not fit into the memory of "
+                    f"{self._device}; lower cache_tokens"
                 ) from error
             self._keys[layer], self._values[layer] = keys, values
         return keys, values
