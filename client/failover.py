@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: A server that fails this way is replaced; the same request may succeed elsewhere.
 SERVER_FAULTS = (PeerError, EngineError, ProtocolError)
+#: A step that fails this way goes on elsewhere, or later; a full cache is no fault of anybody.
+STEP_FAILURES = (*SERVER_FAULTS, CacheFull)
 
 
 @dataclass
@@ -135,7 +137,7 @@ class Failover:
                 if last is None:
                     raise
                 raise MissingBlocks(f"{error}; the last server that was tried: {last}", error.blocks) from last
-            except (*SERVER_FAULTS, CacheFull) as error:
+            except STEP_FAILURES as error:
                 last = error
                 await self._before_retry(retries, error)
 
@@ -148,32 +150,47 @@ class Failover:
         """
         lost = hops[index]
         lost.span.close()
-        if not isinstance(error, SessionLost):  # which says nothing bad about the server: it may open a new one
-            self._router.report_failure(lost.link.peer_id)
+        self._report(lost.link, error)
         logger.warning("lost server %s (blocks %s): %s", lost.link.peer_id, lost.link.span, error)
         await retries.after(error, wait=False)
         started = time.monotonic()
+        # A server that evicted us has room for us again, whatever it announced before.
+        trust_announcements = not isinstance(error, SessionLost)
         while True:
             try:
-                found = await self._open(lost.link.span, lost.history, lengths, like=lost.link)
+                found = await self._open(
+                    lost.link.span, lost.history, lengths, like=lost.link, trust_announcements=trust_announcements
+                )
                 break
-            except (*SERVER_FAULTS, CacheFull, RoutingError, NetworkError) as failure:
+            except (*STEP_FAILURES, RoutingError, NetworkError) as failure:
                 await self._before_retry(retries, failure)
         self._note(hops, index, found, str(error), lengths, started)
 
-    async def move(self, hops: list[Hop], index: int, lengths: Sequence[int]) -> bool:
-        """Leave a server that is going away, while it still works. False if no other server can take its place yet."""
+    async def wait_for_cache(
+        self, hops: list[Hop], index: int, error: CacheFull, lengths: Sequence[int], retries: Retries
+    ) -> None:
+        """After an overcommitted server had no cache for a step: go on elsewhere, or pause before it is asked again.
+
+        It keeps the session, and its place in the line. Raises CacheFull when `retries` are used up.
+        """
+        if not await self.move(hops, index, lengths, reason=str(error)):
+            await retries.after(error, wait=True)
+
+    async def move(
+        self, hops: list[Hop], index: int, lengths: Sequence[int], *, reason: str = "the server is leaving"
+    ) -> bool:
+        """Leave a server while it still holds the session. False if no other server can take its place yet."""
         leaving = hops[index]
         started = time.monotonic()
         try:
             found = await self._open(
                 leaving.link.span, leaving.history, lengths, like=leaving.link, exclude={leaving.link.peer_id}
             )
-        except (*SERVER_FAULTS, CacheFull, RoutingError, NetworkError) as error:
+        except (*STEP_FAILURES, RoutingError, NetworkError) as error:
             logger.warning("cannot leave server %s yet: %s", leaving.link.peer_id, error)
             return False
         leaving.span.close()
-        self._note(hops, index, found, "the server is leaving", lengths, started)
+        self._note(hops, index, found, reason, lengths, started)
         return True
 
     def answered(self, hop: Hop) -> None:
@@ -204,9 +221,14 @@ class Failover:
         *,
         like: ChainLink | None,
         exclude: Collection[str] = (),
+        trust_announcements: bool = True,
     ) -> list[Hop]:
-        """One attempt: find a chain, open it, replay the history through it. All or nothing."""
-        chain = await self._find_chain(span, like, exclude)
+        """One attempt: find a chain, open it, replay the history through it. All or nothing.
+
+        trust_announcements: leave out servers that announced too little room, without asking them.
+        """
+        cache_tokens = self._num_rows * self._max_length if trust_announcements else 0
+        chain = await self._find_chain(span, like, exclude, cache_tokens)
         if like is not None:
             self._check_numerics(like, chain)
         hops: list[Hop] = []
@@ -226,11 +248,13 @@ class Failover:
             raise
         return hops
 
-    async def _find_chain(self, span: BlockSpan, like: ChainLink | None, exclude: Collection[str]) -> Chain:
+    async def _find_chain(
+        self, span: BlockSpan, like: ChainLink | None, exclude: Collection[str], cache_tokens: int
+    ) -> Chain:
         try:
             return await self._router.find_chain(
                 span,
-                cache_tokens=self._num_rows * self._max_length,
+                cache_tokens=cache_tokens,
                 numerics=None if like is None else like.numerics,
                 exclude=self._full.union(exclude),
             )
@@ -243,11 +267,8 @@ class Failover:
     async def _open_hop(self, link: ChainLink, history: History) -> Hop:
         try:
             opened = await self._client.open(link, num_rows=self._num_rows, max_length=self._max_length)
-        except CacheFull:  # not a fault: try others first
-            self._full.add(link.peer_id)
-            raise
-        except SERVER_FAULTS:
-            self._router.report_failure(link.peer_id)
+        except STEP_FAILURES as error:
+            self._report(link, error)
             raise
         return Hop(link, opened, history)
 
@@ -257,11 +278,19 @@ class Failover:
         try:
             for part_rows, part in split_step(rows, inputs):
                 outputs.append((await hop.span.step(part_rows, part)).hidden)
-        except SERVER_FAULTS:
-            self._router.report_failure(hop.link.peer_id)
+        except STEP_FAILURES as error:
+            self._report(hop.link, error)
             raise
         self.answered(hop)
         return rows, torch.cat(outputs)
+
+    def _report(self, link: ChainLink, error: SwarmError) -> None:
+        """Blame a server for its failure. A full one is only asked after others, one that lost a session may open
+        it anew."""
+        if isinstance(error, CacheFull):
+            self._full.add(link.peer_id)
+        elif not isinstance(error, SessionLost):
+            self._router.report_failure(link.peer_id)
 
     def _check_numerics(self, like: ChainLink, chain: Sequence[ChainLink]) -> None:
         others = sorted({link.numerics for link in chain} - {like.numerics})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swarm.data_structures import BlockSpan
-from swarm.errors import SessionTooLong, UsageError
+from swarm.errors import CacheFull, SessionTooLong, UsageError
 from swarm.node import NodeThread
 from swarm.protocol import RowSlice
 from swarm.routing.chain import Chain
@@ -213,6 +213,10 @@ class InferenceSession:
             started = time.perf_counter()
             try:
                 output = await hop.span.step(rows, hidden)
+            except CacheFull as error:
+                await self._failover.wait_for_cache(self._hops, index, error, lengths, retries)
+                self._show_route()
+                continue
             except SERVER_FAULTS as error:
                 await self._failover.replace(self._hops, index, error, lengths, retries)
                 self._show_route()

@@ -4,6 +4,10 @@ client MODEL DTYPE PROMPT_TOKENS NEW_TOKENS ADDR...: a user's program. Prints TO
     the last, then lives until standard input closes, so that its memory can be read.
 generator MODEL DTYPE PROMPT_TOKENS NEW_TOKENS SEED ADDR...: a user's program that generates once for every line of its
     standard input. Prints READY when it can, and for each line RESULT with `tokens`.
+crowd MODEL DTYPE PROMPT_TOKENS NEW_TOKENS ADDR...: many users in one process. For every line N of its standard input, N
+    sessions generate at once, each from a prompt of its own (seeds 0 to N - 1). Prints READY, and for each line RESULT
+    with `seconds`, and of every session `tokens`, `gaps` (the longest between two tokens), `firsts` (seconds to the
+    first token) and `evictions`.
 echo MODEL DTYPE PROMPT_TOKENS STEPS ADDR...: sessions without a model. For every line N of its standard input, N
     sessions each take STEPS steps, as fast as answers come back. Prints READY, and for each line RESULT with `seconds`.
 imports MODEL MODULE...: only imports, the modules and the model's own class. Prints DONE, then lives likewise.
@@ -17,12 +21,15 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from .bench_processes import RESULT
 
 if TYPE_CHECKING:
     from swarm.client.block_client import OpenSpan
+
+    from .bench_generation import Generation
 
 
 def run_client(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *initial_peers: str) -> None:
@@ -56,6 +63,39 @@ def run_generator(model: str, dtype: str, prompt_tokens: str, new_tokens: str, s
         print("READY", flush=True)
         for _ in sys.stdin:
             _print_result(tokens=generate_remotely(remote, prompt, int(new_tokens)).tokens)
+
+
+def run_crowd(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *initial_peers: str) -> None:
+    import torch
+
+    from swarm.checkpoint import open_checkpoint
+
+    from .bench_generation import client, generate, random_prompt
+
+    torch.set_num_threads(1)
+    config = open_checkpoint(model).config
+    with client(model, initial_peers, dtype) as remote:
+
+        def run(seed: int) -> tuple[Generation, int]:
+            prompt = random_prompt(config, int(prompt_tokens), seed)
+            with remote.inference_session(max_length=int(prompt_tokens) + int(new_tokens)) as session:
+                generation = generate(remote, prompt, int(new_tokens), session)
+                return generation, sum("evicted" in replacement.reason for replacement in session.replacements)
+
+        run(0)
+        print("READY", flush=True)
+        for line in sys.stdin:
+            count = int(line)
+            started = time.perf_counter()
+            with ThreadPoolExecutor(count) as pool:
+                done = list(pool.map(run, range(count)))
+            _print_result(
+                seconds=time.perf_counter() - started,
+                tokens=[generation.tokens for generation, _ in done],
+                gaps=[generation.longest_gap for generation, _ in done],
+                firsts=[generation.first for generation, _ in done],
+                evictions=[evictions for _, evictions in done],
+            )
 
 
 def run_echo(model: str, dtype: str, prompt_tokens: str, steps: str, *initial_peers: str) -> None:
@@ -121,6 +161,7 @@ def main() -> None:
     programs: dict[str, Callable[..., None]] = {
         "client": run_client,
         "generator": run_generator,
+        "crowd": run_crowd,
         "echo": run_echo,
         "imports": run_imports,
     }

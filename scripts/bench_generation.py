@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ class Generation:
     """One call of `generate`, in seconds: until its first token was there, and from then to the last.
 
     hops: for each step after the prefill, what each server of the chain took; empty for a local model.
+    longest_gap: between two tokens.
     """
 
     tokens: list[int]
     first: float
     rest: float
     hops: Sequence[Sequence[HopTimes]] = ()
+    longest_gap: float = 0.0
 
     @property
     def decode_speed(self) -> float:
@@ -86,7 +89,8 @@ def generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False, streamer=watch
         )
     _, first, *_, last = watch.stamps  # the prompt's own stamp comes before the first token's
-    return Generation(output[0, prompt.shape[1] :].tolist(), first - started, last - first, watch.hops[2:])
+    longest_gap = max(later - earlier for earlier, later in pairwise(watch.stamps[1:]))
+    return Generation(output[0, prompt.shape[1] :].tolist(), first - started, last - first, watch.hops[2:], longest_gap)
 
 
 def generate_remotely(

@@ -46,6 +46,10 @@ def run_server(
     cache_tokens: Annotated[
         int, typer.Option(min=1, help="KV cache budget in tokens, all sessions together.")
     ] = 16_384,
+    cache_overcommit: Annotated[
+        float,
+        typer.Option(min=1, help="Let sessions reserve this many times the budget; the idle are evicted when it ends."),
+    ] = 1.0,
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -105,6 +109,7 @@ def run_server(
             dtype=dtype.value,
             quantization=quantization.value,
             cache_tokens=cache_tokens,
+            cache_overcommit=cache_overcommit,
             host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
             announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
             identity_path=identity_path,

@@ -45,6 +45,26 @@ class ServerConfig(BaseModel):
     cache_tokens: Annotated[int, Field(ge=1, le=2**30)] = 16_384
     """KV cache budget: tokens of all sessions together, each through the whole span."""
 
+    cache_overcommit: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    """All sessions together may reserve this many times `cache_tokens`, as few reach their declared length.
+
+    Above 1, sessions are evicted when pages run out after all; their clients replay them.
+    """
+
+    idle_protection: Seconds = 2.0
+    """With `cache_overcommit`: a session that stepped within this many seconds is not evicted as idle."""
+
+    turn_time: Seconds = 10.0
+    """With `cache_overcommit`, while more sessions are active than fit: how long a step waits before a session that
+    has held cache for as long is evicted for it."""
+
+    replay_share: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """With `cache_overcommit`: part of the server's time that replays may take of sessions whose turn was over.
+    Where that is too little for turns of `turn_time`, turns are longer."""
+
+    page_wait_limit: Seconds = 45.0
+    """With `cache_overcommit`: a step that waited for cache this long is refused. Below clients' `request_timeout`."""
+
     page_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Tokens per page of the KV cache."""
 

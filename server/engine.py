@@ -20,12 +20,17 @@ import torch
 from swarm.errors import EngineError, SwarmError
 
 from .batch import RowChunk
+from .eviction import EvictionLimits
 from .kv_cache import KVCache, RowCache
+from .page_queue import PageQueue
 from .scheduler import Waiting, next_batch
 from .settling import Settling
 from .span import Span
 
 logger = logging.getLogger(__name__)
+
+#: While all steps wait for pages, look again once in this many seconds, lest a turn ends unnoticed.
+LOOK_AGAIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class StepTask:
     compute_time: float = 0.0
     progress: list[int] = field(default_factory=list)  # tokens done, per row
     output: torch.Tensor | None = None
+    waits_for_pages: bool = False
 
     def __post_init__(self) -> None:
         self.progress = [0] * len(self.rows)
@@ -89,8 +95,10 @@ class Engine:
         max_batch_tokens: int,
         threads: int | None = None,
         on_death: Callable[[], object] = lambda: None,
+        limits: EvictionLimits | None = None,
     ):
-        """on_death: called on the engine's thread when that ends though nobody stopped it, which is a bug of ours."""
+        """limits: of an overcommitted cache. on_death: called on the engine's thread when that ends though nobody
+        stopped it, which is a bug of ours."""
         self.span = span
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
@@ -101,6 +109,9 @@ class Engine:
         self._on_death = on_death
         self._tasks: deque[StepTask] = deque()
         self._settling = Settling()
+        self._pages = PageQueue(cache, limits or EvictionLimits())
+        self._look_again = 0.0
+        cache.on_release = self._on_release
         self._free_since = 0.0
         self._wake = threading.Condition()
         self._stopping = False
@@ -134,7 +145,8 @@ class Engine:
             torch.set_num_threads(self._threads)
         try:
             while (tasks := self._wait_for_work()) is not None:
-                self.step(tasks)
+                if ready := self._with_pages(tasks):
+                    self.step(ready)
         except Exception:
             logger.exception("the engine's thread ends")
             self._on_death()
@@ -150,16 +162,36 @@ class Engine:
                 if self._stopping:
                     return None
                 self._tasks = deque(task for task in self._tasks if not task.future.done())
-                wait = self._seconds_to_settle() if self._tasks else None
+                wait = self._seconds_to_wait()
                 if wait is not None and wait <= 0.0:
                     return list(self._tasks)
                 self._wake.wait(wait)
 
-    def _seconds_to_settle(self) -> float:
+    def _seconds_to_wait(self) -> float | None:
+        """Until there is something to do. None: until somebody brings it."""
+        first = next((task for task in self._tasks if not task.waits_for_pages), None)
+        if first is not None:
+            return self._seconds_to_settle(first)
+        return self._look_again - time.monotonic() if self._tasks else None
+
+    def _seconds_to_settle(self, first: StepTask) -> float:
         """How long the free device should wait for more rows before it takes what is ready."""
         self._settling.forget(lambda row: row.released)
-        ready_since = max(self._free_since, self._tasks[0].created)
+        ready_since = max(self._free_since, first.created)
         return self._settling.wait_until(ready_since) - time.monotonic()
+
+    def _with_pages(self, tasks: list[StepTask]) -> list[StepTask]:
+        """Those that can run; the others wait for pages of an overcommitted cache, or fail."""
+        self._look_again = time.monotonic() + LOOK_AGAIN
+        ready, failed = self._pages.provide(tasks)
+        for task, error in failed:
+            _fail(task, error)
+        return ready
+
+    def _on_release(self) -> None:
+        with self._wake:
+            self._look_again = 0.0
+            self._wake.notify()
 
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""
@@ -207,7 +239,8 @@ class Engine:
         row = task.rows[index]
         position = row.position + task.progress[index]
         try:
-            self.cache.truncate(row.cache, position)
+            if position < row.cache.length:
+                self.cache.truncate(row.cache, position)
             if self.cache.grow(row.cache, position + num_tokens) and self.cache.hold(row.cache):
                 return RowChunk(row.cache, position, num_tokens, task.start, task.end)
             _fail(task, EngineError("the session ended while its step was waiting"))

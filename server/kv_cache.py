@@ -2,7 +2,8 @@
 
 Pages hold `page_size` tokens of every layer of the span. A session reserves pages for its declared `max_length` when it
 is admitted and takes them one by one as it grows, so an admitted session never runs out (vLLM's PagedAttention,
-Kwon et al., SOSP'23, with reservation instead of preemption).
+Kwon et al., SOSP'23, with reservation instead of preemption). An overcommitted cache admits more than it has pages for,
+as most sessions stay below their `max_length`; `page_queue` and `eviction` decide what happens when pages run out.
 
 Memory is touched only when tokens are written: an idle cache costs address space, not RAM.
 """
@@ -10,7 +11,8 @@ Memory is touched only when tokens are written: an idle cache costs address spac
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
@@ -21,9 +23,10 @@ from swarm.errors import CacheFull, SessionTooLong, UsageError
 class RowCache:
     """One row's share of the cache: `length` tokens in `pages`, at most `max_length`. Owned by `KVCache`."""
 
-    __slots__ = ("held", "length", "max_length", "pages", "released")
+    __slots__ = ("held", "length", "max_length", "pages", "released", "session")
 
-    def __init__(self, max_length: int):
+    def __init__(self, session: SessionCache, max_length: int):
+        self.session = session
         self.max_length = max_length
         self.length = 0
         self.pages: list[int] = []
@@ -31,14 +34,49 @@ class RowCache:
         self.held = False
 
 
+class SessionCache:
+    """The rows of one session, which are evicted as a whole.
+
+    entered, last_used: when it took its first page, and when its last batch ended, in seconds of `time.monotonic`.
+    waiting_since: when it began to wait for the pages that it lacks, in one step or several; None if it lacks none.
+    generating: it went beyond its prompt or replay since it entered. evicted: its rows were released for others.
+    """
+
+    def __init__(self, num_rows: int, max_length: int):
+        self.rows = [RowCache(self, max_length) for _ in range(num_rows)]
+        self.entered = self.last_used = 0.0
+        self.waiting_since: float | None = None
+        self.generating = False
+        self.evicted = False
+
+    @property
+    def num_pages(self) -> int:
+        return sum(len(row.pages) for row in self.rows)
+
+
 class KVCache:
     """Pages for `num_pages * page_size` tokens. Thread-safe: rows come and go while the engine works."""
 
-    def __init__(self, num_layers: int, cache_tokens: int, page_size: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        num_layers: int,
+        cache_tokens: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        overcommit: float = 1.0,
+    ):
+        """overcommit: how many times its own size all sessions together may reserve, at least 1."""
         self.page_size = page_size
         self.num_pages = max(1, cache_tokens // page_size)
         #: A page that belongs to nobody: padding of a batch may write there.
         self.scratch_page = self.num_pages
+        self.overcommit = overcommit
+        self.num_evictions = 0
+        #: called, on any thread, when pages became free
+        self.on_release: Callable[[], None] = lambda: None
+        self._sessions: dict[SessionCache, None] = {}  # those not released, oldest first
         self._device, self._dtype = device, dtype
         self._keys: list[torch.Tensor | None] = [None] * num_layers
         self._values: list[torch.Tensor | None] = [None] * num_layers
@@ -53,15 +91,18 @@ class KVCache:
 
     @property
     def tokens_left(self) -> int:
-        """Tokens that a new single-row session could still reserve."""
+        """Tokens that a new single-row session could still reserve; never more than there are pages for."""
         with self._lock:
-            return (self.num_pages - self._reserved_pages) * self.page_size
+            return self._pages_left() * self.page_size
+
+    def _pages_left(self) -> int:
+        return min(self.num_pages, int(self.overcommit * self.num_pages) - self._reserved_pages)
 
     def admit(self, num_rows: int, max_length: int) -> list[RowCache]:
         """Reserve `max_length` tokens for each row. Raises CacheFull with what is left."""
         wanted = num_rows * self._pages_for(max_length)
         with self._lock:
-            left = self.num_pages - self._reserved_pages
+            left = self._pages_left()
             if wanted > left:
                 raise CacheFull(
                     f"the cache has room for {left * self.page_size} more tokens, but the session wants "
@@ -70,7 +111,9 @@ class KVCache:
                     tokens_left=left * self.page_size,
                 )
             self._reserved_pages += wanted
-        return [RowCache(max_length) for _ in range(num_rows)]
+            session = SessionCache(num_rows, max_length)
+            self._sessions[session] = None
+        return list(session.rows)
 
     def release(self, rows: Iterable[RowCache]) -> None:
         """Give back pages and reservation. Releasing twice does no harm.
@@ -79,12 +122,27 @@ class KVCache:
         """
         with self._lock:
             for row in rows:
-                if row.released:
-                    continue
-                row.released = True
-                self._reserved_pages -= self._pages_for(row.max_length)
-                if not row.held:
-                    self._give_back(row, 0)
+                self._release(row)
+        self.on_release()
+
+    def evict(self, session: SessionCache) -> None:
+        """Release all rows of a session that did not ask for it. None of them may be held."""
+        with self._lock:
+            if session in self._sessions:
+                session.evicted = True
+                self.num_evictions += 1
+                for row in session.rows:
+                    self._release(row)
+
+    def _release(self, row: RowCache) -> None:
+        if row.released:
+            return
+        row.released = True
+        self._reserved_pages -= self._pages_for(row.max_length)
+        if not row.held:
+            self._give_back(row, 0)
+        if all(other.released for other in row.session.rows):
+            self._sessions.pop(row.session, None)
 
     def hold(self, row: RowCache) -> bool:
         """Keep the row's pages from everybody else while a batch uses them. False if the row was released before."""
@@ -94,18 +152,24 @@ class KVCache:
 
     def let_go(self, rows: Iterable[RowCache]) -> None:
         """The batch is done. Pages of rows that were released meanwhile are given back."""
+        now = time.monotonic()
         with self._lock:
             for row in rows:
                 row.held = False
+                row.session.last_used = now
                 if row.released:
                     self._give_back(row, 0)
+
+    def sessions(self) -> list[SessionCache]:
+        """Those that were admitted and not released."""
+        with self._lock:
+            return list(self._sessions)
 
     # --- growth --------------------------------------------------------------------------------------------------
 
     def grow(self, row: RowCache, length: int) -> bool:
         """Take the pages that `length` tokens need. False if the row was released meanwhile."""
-        if length > row.max_length:
-            raise SessionTooLong(f"{length} tokens are more than the session's max_length of {row.max_length}")
+        self._check_length(row, length)
         with self._lock:
             if row.released:
                 return False
@@ -115,11 +179,32 @@ class KVCache:
                 row.pages.append(page)
         return True
 
+    @property
+    def free_pages(self) -> int:
+        """Pages that no row has taken, reserved or not."""
+        with self._lock:
+            return sum(self._free)
+
+    def pages_missing(self, row: RowCache, length: int, *, spare: int = 0) -> int:
+        """Pages that the row must take for `length` tokens, and `spare` more if its max_length allows them.
+
+        0 for a row that was released, which takes none. Raises SessionTooLong like `grow`.
+        """
+        self._check_length(row, length)
+        if row.released:
+            return 0
+        return max(0, self._pages_for(min(length + spare, row.max_length)) - len(row.pages))
+
     def truncate(self, row: RowCache, length: int) -> None:
         """Forget all tokens from `length` on."""
         with self._lock:
             row.length = min(row.length, length)
             self._give_back(row, self._pages_for(row.length))
+
+    @staticmethod
+    def _check_length(row: RowCache, length: int) -> None:
+        if length > row.max_length:
+            raise SessionTooLong(f"{length} tokens are more than the session's max_length of {row.max_length}")
 
     def _give_back(self, row: RowCache, keep: int) -> None:
         for page in row.pages[keep:]:

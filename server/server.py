@@ -21,6 +21,7 @@ from swarm.tensors import DTYPES
 from .announcer import Announcer
 from .config import ServerConfig
 from .engine import Engine
+from .eviction import EvictionLimits
 from .handler import Handler
 from .kv_cache import KVCache
 from .numerics import numerics_tag
@@ -92,7 +93,9 @@ class Server:
         self._numerics = numerics_tag(dtype, config.quantization, device)
         self.span = config.blocks or await self._choose_span()
         check_span(self.span, self.model.num_blocks, checkpoint.name)
-        self._cache = KVCache(len(self.span), config.cache_tokens, config.page_size, device, dtype)
+        self._cache = KVCache(
+            len(self.span), config.cache_tokens, config.page_size, device, dtype, overcommit=config.cache_overcommit
+        )
         self._announcer = Announcer(self.node, self.model, self._info_with, config.announce_period)
         await self._announcer.announce()
 
@@ -105,6 +108,9 @@ class Server:
             config.max_batch_tokens,
             config.threads,
             on_death=lambda: loop.call_soon_threadsafe(self._engine_died.set),
+            limits=EvictionLimits(
+                config.idle_protection, config.turn_time, config.replay_share, config.page_wait_limit
+            ),
         )
         self._engine.start()
         sessions = SessionTable(self._cache, on_change=self._announcer.touch)

@@ -22,6 +22,11 @@ class Session:
         self.max_length = request.max_length
         self.rows = rows
 
+    @property
+    def evicted(self) -> bool:
+        """Its cache was given to others."""
+        return self.rows[0].session.evicted
+
     def check_step(self, request: StepRequest, hidden_size: int) -> list[RowWork]:
         """The work that a step asks for. Raises ProtocolError, SessionTooLong or NotSupported naming what is wrong."""
         if request.work is not WorkKind.INFERENCE:
@@ -80,6 +85,8 @@ class SessionTable:
             raise SessionLost(f"no session {session_id} here: it was closed, or never opened")
         if session.owner != peer_id:
             raise PeerRefused(f"session {session_id} belongs to another peer")
+        if session.evicted:
+            raise SessionLost(f"session {session_id} was evicted: others needed its cache; it can be replayed")
         return session
 
     def close(self, session: Session) -> None:

@@ -18,6 +18,7 @@ from swarm.errors import (
     PeerUnreachable,
     ProtocolError,
     RoutingError,
+    SessionLost,
     SessionTooLong,
 )
 
@@ -304,6 +305,85 @@ def test_a_full_replacement_is_passed_over(swarm):
     user.step()
     assert user.route == [("A", "0:3"), ("E2", "3:4"), ("F", "4:6"), ("C", "6:8")]
     assert client.banned == {"B"}
+
+
+# --- overcommitted cache -------------------------------------------------------------------------------------------
+
+
+def test_a_step_refused_for_want_of_cache_goes_on_elsewhere(swarm):
+    client = swarm.connect()
+    user = client.user()
+    user.step(4)
+    swarm["B"].fail("step", CacheFull("no cache became free"))
+    user.step()
+    assert user.route == WITHOUT["B"]
+    assert client.banned == set()
+    assert not swarm["B"].spans, "the session stayed open on the full server"
+    (replacement,) = user.session.replacements
+    assert replacement.reason == "no cache became free"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_where_there_is_nobody_else_a_refused_step_is_sent_again(swarm, streams):
+    """In the same session, which has a place in the server's line."""
+    del swarm.servers["E"]
+    client = swarm.connect(streams=streams)
+    user = client.user()
+    user.step(4)
+    swarm["B"].fail("step", CacheFull("no cache became free"), times=3)
+    user.step()
+    assert user.route == USUAL
+    assert client.banned == set()
+    assert swarm["B"].opened == 1
+    assert user.session.replacements == []
+
+
+def test_a_refused_replay_waits_for_the_same_server(swarm):
+    del swarm.servers["E"]
+    client = swarm.connect()
+    user = client.user()
+    user.step(4)
+    swarm["B"].lose_sessions()
+    swarm["B"].fail("step", CacheFull("no cache became free"), times=2)
+    user.step()
+    assert user.route == USUAL
+    assert client.banned == set()
+    assert len(swarm["B"].spans) == 1
+
+
+def test_a_step_that_stays_refused_gives_up_in_bound(swarm):
+    client = swarm.connect(max_retries=3)
+    user = client.user()
+    user.step(4)
+    for name in "BE":
+        swarm[name].fail("step", CacheFull("never any cache"), times=10**9)
+    with pytest.raises(CacheFull, match=r"gave up after .* 4 attempts"):
+        user.step()
+    assert client.banned == set()
+
+
+def test_an_evicted_session_goes_back_whatever_the_server_announced_before(swarm):
+    del swarm.servers["E"]
+    client = swarm.connect(max_retries=1)
+    user = client.user()
+    user.step(5)
+    swarm["B"].announced_cache_tokens = 0
+    client.router._read_at = 0.0
+    swarm["B"].lose_sessions()
+    user.step()
+    assert user.route == USUAL
+    assert client.banned == set()
+
+
+def test_a_session_evicted_while_it_replays_starts_again(swarm, small_messages):
+    client = swarm.connect()
+    user = client.user()
+    user.step(7)
+    swarm["B"].lose_sessions()
+    swarm["B"].fail("step", SessionLost("evicted"), after=1)  # the second part of the replay
+    user.step()
+    assert user.route == USUAL
+    assert client.banned == set()
 
 
 # --- servers that leave ----------------------------------------------------------------------------------------------

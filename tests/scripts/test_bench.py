@@ -70,6 +70,21 @@ def test_concurrent(tiny_llama_folder: Path, tmp_path: Path) -> None:
     assert {"clients: 2 / 1", "clients: 1 / local: 1 row"} <= set(found["ratios"])
 
 
+def test_overcommit(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Twice the sessions whose three pages each the cache holds: at the second page's end, not all can go on."""
+    file = tmp_path / "overcommit.json"
+    arguments = ["--model", str(tiny_llama_folder), "--sessions", "2", "--factor", "2", "--new-tokens", "120"]
+    assert run("overcommit", *arguments, "--prompt-tokens", "30", "--json", str(file)) == 0
+    results, found = read(file, "overcommit", runs=1)
+    assert found["settings"]["cache_tokens"] == 2 * 192
+    assert results["2 sessions: evictions"]["median"] == 0
+    assert results["4 sessions: evictions"]["median"] > 0
+    ratio = results["4 sessions: speed"]["median"] / results["2 sessions: speed"]["median"]
+    assert found["ratios"]["speed: 4 sessions / 2"] == pytest.approx(ratio)
+    for name in ("longest gap between tokens", "longest wait for the first token"):
+        assert results[f"4 sessions: {name}"]["median"] > 0
+
+
 @pytest.mark.slow
 def test_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "memory.json"

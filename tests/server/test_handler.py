@@ -556,6 +556,21 @@ async def test_a_session_that_is_not_there(world: World) -> None:
     await client.expect_end()
 
 
+async def test_an_evicted_session_learns_it_at_its_next_step(world: World) -> None:
+    client = await world.open(world.stranger)
+    await client.step(3)
+    left = world.cache.tokens_left
+    session = world.handler.sessions.get(client.session_id, world.stranger.peer_id)
+    world.cache.evict(session.rows[0].session)
+    assert world.cache.tokens_left == left + 64
+    await client.send(*client.request())
+    await client.expect_error(SessionLost, "was evicted: others needed its cache")
+    await client.expect_end()
+    await world.wait_until(lambda: len(world.handler.sessions) == 1)
+    again = await world.open(world.stranger)
+    await again.step(4)
+
+
 # --- the end of a session -----------------------------------------------------------------------------------------
 
 
