@@ -6,6 +6,7 @@ generator MODEL DTYPE PROMPT_TOKENS NEW_TOKENS SEED ADDR...: a user's program th
     standard input. Prints READY when it can, and for each line RESULT with `tokens`.
 echo MODEL DTYPE PROMPT_TOKENS STEPS ADDR...: sessions without a model. For every line N of its standard input, N
     sessions each take STEPS steps, as fast as answers come back. Prints READY, and for each line RESULT with `seconds`.
+echo-watch, client-watch: see bench_watchers.py.
 imports MODEL MODULE...: only imports, the modules and the model's own class. Prints DONE, then lives likewise.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .bench_processes import RESULT
+from .bench_watchers import run_client_watch, run_echo_watch
 
 if TYPE_CHECKING:
     from swarm.client.block_client import OpenSpan
@@ -122,6 +124,8 @@ def main() -> None:
         "client": run_client,
         "generator": run_generator,
         "echo": run_echo,
+        "echo-watch": run_echo_watch,
+        "client-watch": run_client_watch,
         "imports": run_imports,
     }
     programs[what](*arguments)

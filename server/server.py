@@ -105,6 +105,7 @@ class Server:
             config.max_batch_tokens,
             config.threads,
             on_death=lambda: loop.call_soon_threadsafe(self._engine_died.set),
+            max_stall=config.max_stall,
         )
         self._engine.start()
         sessions = SessionTable(self._cache, on_change=self._announcer.touch)

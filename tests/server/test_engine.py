@@ -15,10 +15,11 @@ import torch
 from swarm.data_structures import BlockSpan
 from swarm.errors import EngineError, SessionTooLong
 from swarm.server.batch import RowChunk
-from swarm.server.engine import Engine, RowWork, StepOutput, StepTask
+from swarm.server.engine import Engine
 from swarm.server.kv_cache import KVCache
 from swarm.server.settling import Settling
 from swarm.server.span import Span
+from swarm.server.tasks import RowWork, StepOutput, StepTask
 
 LIMIT = 60.0  # seconds for what takes milliseconds on an idle machine
 HIDDEN_SIZE = 2
@@ -58,7 +59,7 @@ class Fixture:
     def __init__(self, max_batch_tokens: int = 16):
         self.span = FakeSpan()
         self.cache = KVCache(1, 256, 4, self.span.device, self.span.dtype)
-        self.engine = Engine(self.span, self.cache, max_batch_tokens)  # type: ignore[arg-type]
+        self.engine = Engine(self.span, self.cache, max_batch_tokens, max_stall=0)  # type: ignore[arg-type]
         self.engine.start()
 
     def task(self, num_tokens: int = 1, value: float = 0.0, max_length: int = 64) -> StepTask:
