@@ -16,10 +16,10 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .scheduler import MIN_CHUNK
-
+#: Tokens of prompts in every batch, whatever is held up, so that prompts are not starved.
+MIN_CHUNK = 8
 #: Of the time until a deadline, the part that is planned with: batches do not always take what they took before.
-SAFETY = 0.85
+SAFETY = 0.92
 #: A row's usual gap is the median of so many.
 _NUM_GAPS = 15
 #: Weight of the newest batch in the smoothed times.
@@ -27,25 +27,32 @@ _SMOOTHING = 0.3
 
 
 class BatchTimes:
-    """What a batch takes: some seconds for decode rows and other fixed costs, and some for each token of prompts."""
+    """What a batch takes: some seconds for decode rows and all that is fixed, and some for each token of prompts."""
 
     def __init__(self) -> None:
         self.base: float | None = None
-        self.per_token: float | None = None
+        self._bulk_tokens = 0.0  # of recent batches, older ones count less
+        self._bulk_seconds = 0.0
+
+    @property
+    def per_token(self) -> float | None:
+        return self._bulk_seconds / self._bulk_tokens if self._bulk_tokens else None
 
     def observe(self, bulk_tokens: int, any_decode: bool, seconds: float) -> None:
         if bulk_tokens == 0:
-            self.base = _smooth(self.base, seconds)
+            self.base = seconds if self.base is None else self.base + _SMOOTHING * (seconds - self.base)
         elif self.base is not None or not any_decode:
-            self.per_token = _smooth(self.per_token, max(0.0, seconds - (self.base or 0.0)) / bulk_tokens)
+            beyond = max(0.0, seconds - (self.base or 0.0))
+            self._bulk_tokens += bulk_tokens - _SMOOTHING * self._bulk_tokens
+            self._bulk_seconds += beyond - _SMOOTHING * self._bulk_seconds
         elif self.per_token is not None:
             self.base = max(0.0, seconds - self.per_token * bulk_tokens)
 
-    def tokens_within(self, seconds: float) -> float | None:
-        """How many tokens of prompts fit into a batch of so many seconds. None before there is anything to go by."""
+    def tokens_within(self, seconds: float) -> int:
+        """How many tokens of prompts fit into a batch of so many seconds; no more than experience tells."""
         if self.base is None or self.per_token is None:
-            return None
-        return (seconds - self.base) / max(self.per_token, 1e-9)
+            return 0
+        return int(min((seconds - self.base) / max(self.per_token, 1e-9), 2 * self._bulk_tokens))
 
 
 @dataclass
@@ -95,8 +102,7 @@ class Pace:
         left = self._seconds_left(present, now) if self._max_stall else None
         if left is None:
             return max_tokens
-        tokens = self._times.tokens_within(left) or 0.0
-        return min(max_tokens, max(MIN_CHUNK, int(tokens)))
+        return min(max_tokens, max(MIN_CHUNK, self._times.tokens_within(left)))
 
     def _seconds_left(self, present: Collection[Hashable], now: float) -> float | None:
         """How long the next batch may take. None if nobody decodes."""
@@ -118,7 +124,3 @@ class Pace:
         """Of a row that did not decode undisturbed yet: that of others, or what a batch without prompts takes."""
         gaps = [gap for known in self._rows.values() for gap in known.gaps]
         return statistics.median(gaps) if gaps else self._times.base or 0.0
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else old + _SMOOTHING * (new - old)

@@ -16,8 +16,9 @@ from enum import Enum, auto
 
 #: One part in so many of a batch is kept for prompts and training when decode rows alone would fill it.
 BULK_SHARE = 8
-#: A chunk leaves no fewer tokens of its prompt behind: a batch of their own costs more than they add to this one.
-MIN_CHUNK = 16
+#: A chunk takes the end of its prompt along if that exceeds the budget by one part in so many: a batch of its own would
+#: cost more.
+TAIL_SHARE = 8
 #: Training that got nothing in so many batches goes before the prompts of the next one.
 TRAINING_PATIENCE = 16
 
@@ -44,7 +45,7 @@ def next_batch(
     """How many tokens to take of each entry of `waiting` (oldest first) in the next batch, max_tokens at most in all.
 
     bulk_tokens: budget of prompts and training in there, at least 1: it decides how long decode rows are held up. The
-    end of a prompt may exceed it by less than MIN_CHUNK.
+    end of a prompt may exceed it by one part in TAIL_SHARE.
     batches_without_training: so many batches have passed over training that waits.
 
     Decode rows go first. Then half of the bulk budget is the oldest prompt's, which so is done in time whatever comes
@@ -62,15 +63,16 @@ def next_batch(
         taken[index] = min(waiting[index].num_tokens, room - reserve)
         room -= taken[index]
 
-    bulk = min(bulk_tokens, room)
+    bulk, tail = min(bulk_tokens, room), bulk_tokens // TAIL_SHARE
     turns = [(index, bulk) for index in sorted(prompts, key=lambda index: waiting[index].num_tokens)]
     if len(prompts) > 1:
         turns.insert(0, (prompts[0], -(-bulk // 2)))
     training_turns = [(index, bulk) for index in training]
     overdue = batches_without_training >= TRAINING_PATIENCE
     for index, most in [*training_turns, *turns] if overdue else [*turns, *training_turns]:
-        size, left = min(waiting[index].num_tokens - taken[index], most, bulk), waiting[index].num_tokens - taken[index]
-        if 0 < left - size < MIN_CHUNK and size and left <= room:
+        left = waiting[index].num_tokens - taken[index]
+        size = min(left, most, bulk)
+        if size and left <= min(size + tail, room):
             size = left
         taken[index] += size
         bulk = max(0, bulk - size)
