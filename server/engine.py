@@ -141,7 +141,6 @@ class Engine:
         any_decode = any(piece.kind is Kind.DECODE for piece in pieces)
         with self._wake:
             self._settling.finished(leaving, self._free_since)
-            self._pace.forget(lambda row: row.released)
             if pieces:
                 self._pace.finished(leaving, bulk_tokens, any_decode, started, self._free_since)
 
@@ -168,10 +167,9 @@ class Engine:
             for (task, index, _), entry in zip(candidates, waiting, strict=True)
             if entry.kind is Kind.DECODE
         }
-        bulk_tokens = self.max_batch_tokens
-        if len(decoding) < len(waiting):
-            with self._wake:
-                bulk_tokens = self._pace.bulk_tokens(decoding, self.max_batch_tokens, time.monotonic())
+        with self._wake:
+            self._pace.forget(lambda row: row.released)
+            bulk_tokens = self._pace.bulk_tokens(decoding, self.max_batch_tokens, time.monotonic())
         taken = next_batch(waiting, self.max_batch_tokens, bulk_tokens, self._batches_without_training)
         training = [size for size, entry in zip(taken, waiting, strict=True) if entry.kind is Kind.TRAINING]
         self._batches_without_training = self._batches_without_training + 1 if training and not any(training) else 0
