@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SERVERS = {"chunked": (), "unchunked": ("--max-stall", "0")}
 #: Tokens generated after a prompt, to be compared with those of plain transformers.
 NEW_TOKENS = 4
+#: Length of the prompts of those who decode.
+WATCHER_PROMPT = 16
 #: A session's first gaps are left out: it was only opened.
 WARM_UP_GAPS = 8
 
@@ -143,10 +145,6 @@ def measure(
     return report
 
 
-#: Of the sessions that decode.
-WATCHER_PROMPT = 16
-
-
 @dataclass
 class Scene:
     """One server, a client with the prompt, and the child processes of each kind that decode beside it."""
@@ -185,8 +183,8 @@ class Scene:
             figures |= {
                 (f"{self.name}: first token, beside {kind}", "s"): first,
                 (f"{self.name}, {kind}: usual gap", "ms"): statistics.median(before) * MILLISECONDS,
-                (f"{self.name}, {kind}: largest gap without the prompt", "ms"): max(before) * MILLISECONDS,
-                (f"{self.name}, {kind}: largest gap with it", "ms"): max(beside) * MILLISECONDS,
+                (f"{self.name}, {kind}: largest gap without", "ms"): max(before) * MILLISECONDS,
+                (f"{self.name}, {kind}: largest gap with the prompt", "ms"): max(beside) * MILLISECONDS,
             }
         return figures
 
@@ -212,7 +210,10 @@ def _add_ratios(report: Report, prompt_tokens: int) -> None:
     report.ratios["1 server / local"] = next(speeds) / next(speeds)
     for name in SERVERS:
         for kind in ("echo", "clients"):
-            largest, usual = medians[f"{name}, {kind}: largest gap with it"], medians[f"{name}, {kind}: usual gap"]
+            largest, usual = (
+                medians[f"{name}, {kind}: largest gap with the prompt"],
+                medians[f"{name}, {kind}: usual gap"],
+            )
             report.ratios[f"{name}, {kind}: largest gap / usual"] = largest / usual
             beside, alone = medians[f"{name}: first token, beside {kind}"], medians[f"{name}: first token, alone"]
             report.ratios[f"{name}, {kind}: first token beside / alone"] = beside / alone

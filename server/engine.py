@@ -167,9 +167,11 @@ class Engine:
             for (task, index, _), entry in zip(candidates, waiting, strict=True)
             if entry.kind is Kind.DECODE
         }
+        bulk_tokens = self.max_batch_tokens
         with self._wake:
             self._pace.forget(lambda row: row.released)
-            bulk_tokens = self._pace.bulk_tokens(decoding, self.max_batch_tokens, time.monotonic())
+            if len(decoding) < len(waiting):
+                bulk_tokens = self._pace.bulk_tokens(decoding, self.max_batch_tokens, time.monotonic())
         taken = next_batch(waiting, self.max_batch_tokens, bulk_tokens, self._batches_without_training)
         training = [size for size, entry in zip(taken, waiting, strict=True) if entry.kind is Kind.TRAINING]
         self._batches_without_training = self._batches_without_training + 1 if training and not any(training) else 0
