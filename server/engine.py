@@ -117,7 +117,9 @@ class Engine:
         """How long the free device should wait for more rows before it takes what is ready."""
         self._settling.forget(lambda row: row.released)
         ready_since = max(self._free_since, self._tasks[0].created)
-        return self._settling.wait_until(ready_since) - time.monotonic()
+        prompt_waits = any(task.kind(row) is not Kind.DECODE for task in self._tasks for row in task.rows)
+        patience = self._pace.patience() if prompt_waits else 0.0
+        return self._settling.wait_until(ready_since, patience) - time.monotonic()
 
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""

@@ -2,7 +2,8 @@
 
 Every row that decodes has a deadline for its next token: `max_stall` times its usual gap after its last one. A batch
 takes as much of the prompts as keeps all deadlines, by what batches took so far. A row that is away, at its client,
-comes back in the middle of the batch and then needs another one: it leaves only half of its time to this one.
+comes back in the middle of the batch and then needs another one: it leaves only half of its time to this one. So a
+prompt rather waits for rows that will be back in less time than such a batch costs before its first token.
 
 Prefill in chunks beside decode rows is Sarathi-Serve's (Agrawal et al., OSDI'24), where the operator sets a budget of
 tokens; here it follows from measured times.
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: Tokens of prompts in every batch, whatever is held up, so that prompts are not starved.
-MIN_CHUNK = 8
+MIN_CHUNK = 16
 #: Of the time until a deadline, the part that is planned with: batches do not always take what they took before.
 SAFETY = 0.92
 #: A row's usual gap is the median of so many.
@@ -103,6 +104,10 @@ class Pace:
         if left is None:
             return max_tokens
         return min(max_tokens, max(MIN_CHUNK, self._times.tokens_within(left)))
+
+    def patience(self) -> float:
+        """How long a prompt should wait for rows that are coming: a batch without them costs as much time by itself."""
+        return self._times.base or 0.0 if self._max_stall else 0.0
 
     def _seconds_left(self, present: Collection[Hashable], now: float) -> float | None:
         """How long the next batch may take. None if nobody decodes."""

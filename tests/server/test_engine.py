@@ -348,20 +348,21 @@ def test_a_prompt_in_chunks_equals_the_prompt_in_one(make_engine: Callable[..., 
 
 def test_a_prompt_is_read_in_small_chunks_while_somebody_decodes(fake: Fixture) -> None:
     fake.span.open()
+    fake.engine.max_batch_tokens = 64
     (row,) = fake.cache.admit(1, 64)
     pace = fake.engine._pace = Pace(max_stall=3.0)
     now = time.monotonic()
     pace.finished([], 1000, False, now - 1300.0, now - 300.0)  # a token of a prompt takes one second
-    for number in range(20):  # and a batch without any one more, so this row's tokens came 10 seconds apart
-        at = now - 10.0 * (19 - number)
+    for number in range(20):  # and a batch without any one more, so this row's tokens came 16 seconds apart
+        at = now - 16.0 * (19 - number)
         pace.arrived(row, True, at - 1.0)
         pace.finished([row], 0, True, at - 1.0, at)
-    prompt = fake.task(20)
+    prompt = fake.task(60)
     result(fake.engine.submit(prompt))  # the row is away, and leaves half of its time to this batch
-    assert fake.span.batches[0] == [(0, int(10.0 * 3.0 * SAFETY / 2 - 1.0))]
+    assert fake.span.batches[0] == [(0, int(16.0 * 3.0 * SAFETY / 2 - 1.0))]
     fake.cache.release([row, prompt.rows[0].cache])
-    result(fake.submit(20))
-    assert fake.span.batches[-2:] == [[(0, 16)], [(16, 4)]]
+    result(fake.submit(100, max_length=100))
+    assert fake.span.batches[-2:] == [[(0, 64)], [(64, 36)]]
 
 
 def test_a_free_device_waits_for_the_rows_of_its_last_batch(fake: Fixture) -> None:

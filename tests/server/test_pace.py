@@ -45,7 +45,8 @@ def simulate(
 ) -> Run:
     """Rows that come back so many seconds after each result, and after `quiet` seconds a prompt of so many tokens.
 
-    Events as in the engine: the free device takes what is ready, but waits up to 2 ms for who is almost there.
+    Events as in the engine: the free device takes what is ready, but waits up to 2 ms for who is almost there, and with
+    a prompt for all together, as long as it has patience.
     """
     pace = Pace(max_stall)
     now, done, ended = 0.0, 0, None
@@ -56,6 +57,9 @@ def simulate(
     while ended is None:
         ready_at = min([*back.values(), *([max(now, quiet)] if now >= quiet or not back else [])], default=quiet)
         now = max(now, ready_at if now < quiet or not away else min(ready_at, max(now, quiet)))
+        together = max(back.values(), default=now)
+        if now >= quiet and together <= now + pace.patience():
+            now = max(now, together)
         now = max([now, *(at for at in back.values() if now < at <= now + 0.002)])
         present = [row for row, at in back.items() if at <= now]
         for row in present:
@@ -82,7 +86,7 @@ def simulate(
 
 
 QUICK = (0.001,) * 4  # clients that only echo
-CLIENTS = (0.020, 0.025, 0.030, 0.040)  # with a head to compute
+CLIENTS = (0.015, 0.020, 0.025, 0.030)  # with a head to compute
 FAR = (0.080, 0.100, 0.150, 0.200)
 
 
