@@ -50,6 +50,12 @@ def run_server(
         float,
         typer.Option(min=1, help="Let sessions reserve this many times the budget; the idle are evicted when it ends."),
     ] = 1.0,
+    max_stall: Annotated[
+        float,
+        typer.Option(
+            min=0, help="While a prompt is prefilled, others' tokens come at most about this many times slower; 0: off."
+        ),
+    ] = 3.0,
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -110,6 +116,7 @@ def run_server(
             quantization=quantization.value,
             cache_tokens=cache_tokens,
             cache_overcommit=cache_overcommit,
+            max_stall=max_stall,
             host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
             announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
             identity_path=identity_path,

@@ -12,6 +12,9 @@ from swarm.data_structures import BlockSpan
 Quantization = Literal["none", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
+#: Of `ServerConfig.max_stall`.
+DEFAULT_MAX_STALL = 3.0
+
 
 class ServerConfig(BaseModel):
     """Settings of one server: `run-server` parses its flags into this."""
@@ -70,6 +73,10 @@ class ServerConfig(BaseModel):
 
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] = 1024
     """Tokens in one forward pass; a longer prompt is prefilled in several."""
+
+    max_stall: Annotated[float, Field(ge=0, le=1e6)] = DEFAULT_MAX_STALL
+    """While a prompt is prefilled, the gaps between other sessions' tokens grow to about this many times the usual:
+    prompts run in chunks of the size that allows it. 0: no limit, so always up to `max_batch_tokens` at once."""
 
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     """Multiaddresses to listen on."""

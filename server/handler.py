@@ -39,8 +39,9 @@ from swarm.protocol import (
 from swarm.rpc import FrameStream
 from swarm.tensors import all_finite, from_bytes, to_bytes
 
-from .engine import Engine, StepTask
+from .engine import Engine
 from .sessions import Session, SessionTable
+from .tasks import StepTask
 
 logger = logging.getLogger(__name__)
 

@@ -111,6 +111,7 @@ class Server:
             limits=EvictionLimits(
                 config.idle_protection, config.turn_time, config.replay_share, config.page_wait_limit
             ),
+            max_stall=config.max_stall,
         )
         self._engine.start()
         sessions = SessionTable(self._cache, on_change=self._announcer.touch)

@@ -13,6 +13,7 @@ from swarm.errors import SwarmError
 from swarm.scripts import main as front_door
 from swarm.scripts.bench_decode import even_spans, summarize
 from swarm.scripts.bench_generation import Generation, check_tokens
+from swarm.scripts.bench_prefill import WARM_UP_GAPS, split_gaps
 from swarm.scripts.bench_processes import ChildProcess, peak_memory
 from swarm.scripts.bench_report import Report
 
@@ -86,6 +87,32 @@ def test_overcommit(tiny_llama_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_prefill(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prefill.json"
+    arguments = ["--model", str(tiny_llama_folder), "--sessions", "2", "--runs", "2"]
+    assert run("prefill", *arguments, "--long-prompt-tokens", "1500", "--json", str(file)) == 0
+    results, found = read(file, "prefill", runs=2)
+    assert min(results[f"{where}: 512 tokens"]["median"] for where in ("local", "1 server")) > 0
+    for name in ("chunked", "unchunked"):
+        alone = results[f"{name}: first token, alone"]["median"]
+        for kind in ("echo", "clients"):
+            largest = results[f"{name}, {kind}: largest gap with the prompt"]["median"]
+            stall = largest / results[f"{name}, {kind}: usual gap"]["median"]
+            assert found["ratios"][f"{name}, {kind}: largest gap / usual"] == pytest.approx(stall)
+            beside = results[f"{name}: first token, beside {kind}"]["median"]
+            assert found["ratios"][f"{name}, {kind}: first token beside / alone"] == pytest.approx(beside / alone)
+    assert found["ratios"]["1 server / local"] > 0
+
+
+def test_gaps_are_split_where_the_prompt_came() -> None:
+    warm_up = [-10.0 - WARM_UP_GAPS + index for index in range(WARM_UP_GAPS)]
+    stamps = [[*warm_up, 0.0, 1.0, 2.0, 5.0, 6.0, 7.0], [*warm_up, 0.5, 9.0]]
+    before, beside = split_gaps(stamps, start=2.5, end=5.5)
+    assert before == [1.0, 1.0]
+    assert beside == [3.0, 1.0, 8.5]
+
+
+@pytest.mark.slow
 def test_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     arguments = ["--model", str(tiny_llama_folder), "--servers", "1", "--runs", "1", "--new-tokens", "3"]
@@ -117,7 +144,7 @@ def test_startup(tiny_llama_folder: Path, tmp_path: Path) -> None:
     assert results["swarm --help"]["median"] < results["one server to READY"]["median"]
 
 
-@pytest.mark.parametrize("name", ["decode", "memory", "startup"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "memory", "startup"])
 def test_a_bad_file_is_an_error_before_anything_is_measured(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

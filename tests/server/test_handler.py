@@ -50,11 +50,12 @@ from swarm.protocol import (
     WorkKind,
 )
 from swarm.rpc import FrameStream, open_stream, server_info
-from swarm.server.engine import Engine, StepTask
+from swarm.server.engine import Engine
 from swarm.server.handler import Handler
 from swarm.server.kv_cache import KVCache
 from swarm.server.loader import load_span
 from swarm.server.sessions import SessionTable
+from swarm.server.tasks import StepTask
 from swarm.tensors import from_bytes, to_bytes
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
