@@ -43,9 +43,22 @@ def run_server(
     quantization: Annotated[
         QuantizationKind, typer.Option(help="Of the weights, while they load.")
     ] = QuantizationKind.NONE,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the device, for blocks, cache and activations: 8GB, 512MiB. Without it, what is free.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
     cache_tokens: Annotated[
-        int, typer.Option(min=1, help="KV cache budget in tokens, all sessions together.")
-    ] = 16_384,
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV cache budget in tokens, all sessions together. Without it, as the memory allows.",
+            show_default=False,
+        ),
+    ] = None,
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -104,6 +117,7 @@ def run_server(
             device=device,
             dtype=dtype.value,
             quantization=quantization.value,
+            max_memory=max_memory,  # type: ignore[arg-type]  # parsed there
             cache_tokens=cache_tokens,
             host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
             announce_maddrs=tuple(split_addresses(announce_maddrs or [])),

@@ -70,6 +70,14 @@ class StepTask:
 
 
 @dataclass(frozen=True)
+class Load:
+    """Rows that the device works on, and rows whose next tokens wait for it."""
+
+    running_rows: int
+    waiting_rows: int
+
+
+@dataclass(frozen=True)
 class _Piece:
     """Tokens [done, done + chunk.num_tokens) of one row of a task, as they enter a batch."""
 
@@ -97,6 +105,7 @@ class Engine:
         #: batches run, and rows in them: their ratio tells how well sessions are batched together
         self.num_batches = 0
         self.num_batched_rows = 0
+        self._running_rows = 0
         self._threads = threads
         self._on_death = on_death
         self._tasks: deque[StepTask] = deque()
@@ -128,6 +137,19 @@ class Engine:
                     self._settling.arrived(row.cache, task.created)
                 self._wake.notify()
         return task.future
+
+    @property
+    def load(self) -> Load:
+        """What the engine has to do at this moment. From any thread."""
+        with self._wake:
+            unfinished = sum(
+                done < row.num_tokens
+                for task in self._tasks
+                if not task.future.done()
+                for done, row in zip(task.progress, task.rows, strict=True)
+            )
+            running = min(self._running_rows, unfinished)
+        return Load(running, unfinished - running)
 
     def _run(self) -> None:
         if self._threads is not None:
@@ -164,6 +186,7 @@ class Engine:
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""
         pieces = self._schedule(tasks)
+        self._running_rows = len(pieces)
         started = time.monotonic()
         try:
             if pieces:
@@ -182,6 +205,7 @@ class Engine:
     def _note_finished(self, pieces: list[_Piece]) -> None:
         """Before the results leave: their rows may be back at any moment."""
         self._free_since = time.monotonic()
+        self._running_rows = 0
         with self._wake:
             self._settling.finished([piece.chunk.cache for piece in pieces if piece.task.done], self._free_since)
 
