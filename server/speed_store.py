@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +20,10 @@ from swarm.data_structures import DecodeTimes, Fingerprint, Frozen, NumericsTag,
 from swarm.protocol import explain
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that a server waits for others to measure; a measurement takes one or two.
+PATIENCE = 10.0
+_TRY_AGAIN = 0.02
 
 
 class Speed(Frozen):
@@ -77,6 +85,29 @@ def remember(key: SpeedKey, speed: Speed) -> None:
         replace_file(_path(key), _Entry(key=key, speed=speed).model_dump_json(indent=1))
     except OSError as error:
         logger.warning("cannot store the measured speed: %s", error)
+
+
+@contextmanager
+def device_to_ourselves(device: torch.device, patience: float = PATIENCE) -> Iterator[None]:
+    """Keep other servers of this machine from measuring on the same device meanwhile: they would measure each other.
+    After so many seconds, or where the cache folder cannot be written, go on all the same."""
+    path = cache_folder() / "speeds" / f".{device}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        logger.warning("cannot keep others from measuring at the same time: %s", error)
+        yield
+        return
+    with file:  # closing it gives the lock back
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_TRY_AGAIN)
+        yield
 
 
 def _path(key: SpeedKey) -> Path:

@@ -15,7 +15,7 @@ from swarm.data_structures import DECODE_ROWS
 from .batch import RowChunk
 from .kv_cache import KVCache
 from .span import Span
-from .speed_store import Speed, SpeedKey, recall, remember
+from .speed_store import Speed, SpeedKey, device_to_ourselves, recall, remember
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,11 @@ def known_or_measured_speed(span: Span, cache: KVCache, key: SpeedKey) -> Speed:
 
     Runs the blocks in any case, so a model or a cache that does not work here fails now and not under the first user.
     """
+    with device_to_ourselves(span.device):
+        return _known_or_measured_speed(span, cache, key)
+
+
+def _known_or_measured_speed(span: Span, cache: KVCache, key: SpeedKey) -> Speed:
     step_time = _step_time(span, cache, 1, 1, at_least=3)  # the first one reads the weights from the disk
     known = recall(key)
     if known is not None:

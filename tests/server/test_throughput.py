@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from swarm.server import throughput
 from swarm.server.batch import RowChunk
 from swarm.server.kv_cache import KVCache
 from swarm.server.span import Span
-from swarm.server.speed_store import Speed, SpeedKey, recall, remember
+from swarm.server.speed_store import Speed, SpeedKey, device_to_ourselves, recall, remember
 from swarm.server.throughput import known_or_measured_speed
 
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ def test_a_damaged_file_is_measured_again(
 ) -> None:
     span = TimedSpan(monkeypatch, base=0.01)
     speed = span.speed()
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.json")
     whole = path.read_text()
     path.write_text(whole.replace(str(speed.decode_times[0]), "-1") if junk.startswith("decode_times") else junk)
     with caplog.at_level(logging.WARNING):
@@ -136,3 +137,22 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     monkeypatch.setenv("PETSWARM_CACHE", str(tmp_path / "file" / "cache"))
     assert TimedSpan(monkeypatch, base=0.01).speed().throughput == pytest.approx(100)
     assert "cannot store the measured speed" in caplog.text
+
+
+def test_servers_of_a_machine_measure_one_after_another() -> None:
+    order = []
+
+    def second() -> None:
+        with device_to_ourselves(CPU, patience=60.0):
+            order.append("second")
+
+    with device_to_ourselves(CPU):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        with device_to_ourselves(CPU, patience=0.1):  # who waited for long goes on all the same
+            order.append("impatient")
+        with device_to_ourselves(torch.device("cuda:1")):
+            order.append("another device")
+        order.append("first")
+    waiting.join(60.0)
+    assert order == ["impatient", "another device", "first", "second"]
