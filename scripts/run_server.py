@@ -43,9 +43,22 @@ def run_server(
     quantization: Annotated[
         QuantizationKind, typer.Option(help="Of the weights, while they load.")
     ] = QuantizationKind.NONE,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the device, for blocks, cache and activations: 8GB, 512MiB. Without it, what is free.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
     cache_tokens: Annotated[
-        int, typer.Option(min=1, help="KV cache budget in tokens, all sessions together.")
-    ] = 16_384,
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV cache budget in tokens, all sessions together. Without it, as the memory allows.",
+            show_default=False,
+        ),
+    ] = None,
     cache_overcommit: Annotated[
         float,
         typer.Option(min=1, help="Let sessions reserve this many times the budget; the idle are evicted when it ends."),
@@ -114,6 +127,7 @@ def run_server(
             device=device,
             dtype=dtype.value,
             quantization=quantization.value,
+            max_memory=max_memory,  # type: ignore[arg-type]  # parsed there
             cache_tokens=cache_tokens,
             cache_overcommit=cache_overcommit,
             max_stall=max_stall,

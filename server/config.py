@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from swarm.data_structures import BlockSpan
 
@@ -14,6 +22,17 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 #: Of `ServerConfig.max_stall`.
 DEFAULT_MAX_STALL = 3.0
+
+
+def _read_size(value: Any, read: ValidatorFunctionWrapHandler) -> ByteSize:
+    """What the library makes of it, with an error that says what to write."""
+    try:
+        size: ByteSize = read(value)
+    except ValidationError as error:
+        raise ValueError(f"cannot read {value!r} as an amount of memory; write for example 8GB or 512MiB") from error
+    if size < 1:
+        raise ValueError("must be more than nothing")
+    return size
 
 
 class ServerConfig(BaseModel):
@@ -45,8 +64,12 @@ class ServerConfig(BaseModel):
     quantization: Quantization = "none"
     """Of the linear layers' weights, by bitsandbytes as they load."""
 
-    cache_tokens: Annotated[int, Field(ge=1, le=2**30)] = 16_384
-    """KV cache budget: tokens of all sessions together, each through the whole span."""
+    max_memory: Annotated[ByteSize, WrapValidator(_read_size)] | None = None
+    """Bytes of the device's memory for blocks, KV cache and activations together, as a number or "8GB", "512MiB".
+    On a CPU, Python and its libraries take about half a gigabyte besides. None: what is free."""
+
+    cache_tokens: Annotated[int, Field(ge=1, le=2**30)] | None = None
+    """KV cache budget: tokens of all sessions together, each through the whole span. None: derived from the memory."""
 
     cache_overcommit: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """All sessions together may reserve this many times `cache_tokens`, as few reach their declared length.

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
@@ -33,6 +34,14 @@ logger = logging.getLogger(__name__)
 
 #: While all steps wait for pages, look again once in this many seconds, lest a turn ends unnoticed.
 LOOK_AGAIN = 0.1
+
+
+@dataclass(frozen=True)
+class Load:
+    """Rows that the device works on, and rows whose next tokens wait for it."""
+
+    running_rows: int
+    waiting_rows: int
 
 
 class Engine:
@@ -58,6 +67,7 @@ class Engine:
         #: batches run, and rows in them: their ratio tells how well sessions are batched together
         self.num_batches = 0
         self.num_batched_rows = 0
+        self._running_rows = 0
         self._threads = threads
         self._on_death = on_death
         self._tasks: deque[StepTask] = deque()
@@ -95,6 +105,19 @@ class Engine:
                     self._pace.arrived(row.cache, task.kind(row) is Kind.DECODE, task.created)
                 self._wake.notify()
         return task.future
+
+    @property
+    def load(self) -> Load:
+        """What the engine has to do at this moment. From any thread."""
+        with self._wake:
+            unfinished = sum(
+                done < row.num_tokens
+                for task in self._tasks
+                if not task.future.done()
+                for done, row in zip(task.progress, task.rows, strict=True)
+            )
+            running = min(self._running_rows, unfinished)
+        return Load(running, unfinished - running)
 
     def _run(self) -> None:
         if self._threads is not None:
@@ -154,6 +177,7 @@ class Engine:
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""
         pieces = self._schedule(tasks)
+        self._running_rows = len(pieces)
         started = time.monotonic()
         try:
             if pieces:
@@ -168,6 +192,7 @@ class Engine:
     def _note_finished(self, pieces: list[Piece], started: float) -> None:
         """Before the results leave: their rows may be back at any moment."""
         self._free_since = time.monotonic()
+        self._running_rows = 0
         leaving = [piece.chunk.cache for piece in pieces if piece.task.done]
         bulk_tokens = sum(piece.chunk.num_tokens for piece in pieces if piece.kind is not Kind.DECODE)
         any_decode = any(piece.kind is Kind.DECODE for piece in pieces)

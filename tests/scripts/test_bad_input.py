@@ -122,6 +122,16 @@ def test_a_folder_without_safetensors(
         (["--device", "meta"], ["'meta'", "cpu, cuda or cuda:N"]),
         (["--identity-path", "/dev/null/identity"], ["/dev/null/identity", "cannot be made"]),
         (["--cache-tokens", "9999999999999"], ["cache_tokens"]),
+        (["--max-memory", "8 apples"], ["max_memory", "'8 apples'", "8GB or 512MiB"]),
+        (["--max-memory", "0GB"], ["max_memory", "more than nothing"]),
+        (
+            ["--max-memory", "1MB", "--dtype", "float32"],
+            ["one block of tiny-chat in float32 takes 148.0KB", "but 1.0MB of memory are available"],
+        ),
+        (
+            ["--max-memory", "5MB", "--blocks", "1:3", "--cache-tokens", "9999"],
+            ["2 blocks of tiny-chat in float32 take 295.9KB", "a cache of 9999 tokens"],
+        ),
         (["--port", "31330"], ["--port and --host-maddrs exclude each other"]),
         (["--initial-peers", f"/ip4/127.0.0.1/tcp/1/p2p/{PEER_ID}"], ["--new-swarm and --initial-peers exclude"]),
     ],

@@ -16,7 +16,7 @@ from swarm.data_structures import BlockSpan
 from swarm.errors import EngineError, SessionTooLong
 from swarm.protocol import WorkKind
 from swarm.server.batch import RowChunk
-from swarm.server.engine import Engine
+from swarm.server.engine import Engine, Load
 from swarm.server.kv_cache import KVCache
 from swarm.server.pace import SAFETY, Pace
 from swarm.server.scheduler import TRAINING_PATIENCE
@@ -123,6 +123,30 @@ def test_the_rows_of_a_session_come_back_in_their_order(fake: Fixture) -> None:
     assert torch.equal(result(fake.engine.submit(StepTask(hidden, work, 0, 1))), hidden + 1)
     assert [row.length for row in rows] == [1, 12, 12]
     assert len(fake.span.batches) == 2
+
+
+def test_the_present_load(fake: Fixture) -> None:
+    assert fake.engine.load == Load(0, 0)
+    fake.occupy()
+    assert fake.engine.load == Load(1, 0)
+    rows = fake.cache.admit(2, 8)
+    pair = fake.engine.submit(
+        StepTask(torch.zeros(3, HIDDEN_SIZE), [RowWork(rows[0], 0, 1), RowWork(rows[1], 0, 2)], 0, 1)
+    )
+    prompt, dropped = fake.submit(40), fake.submit(1)
+    assert fake.engine.load == Load(1, 4)
+    dropped.cancel()
+    assert fake.engine.load == Load(1, 3)
+    fake.span.gate.release()
+    fake.span.wait_until_busy()
+    assert fake.engine.load == Load(3, 0)  # a part of the prompt too
+    fake.span.gate.release()
+    fake.span.wait_until_busy()
+    assert pair.done() and not prompt.done()
+    assert fake.engine.load == Load(1, 0)
+    fake.span.open()
+    result(prompt)
+    assert fake.engine.load == Load(0, 0)
 
 
 def test_times_are_measured(fake: Fixture) -> None:
