@@ -7,6 +7,7 @@ computes raises `numerics.KERNEL_VERSION`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .batch import FlatBatch, RowView
 
 NAME = "swarm"
+#: The same with the very bits of plain transformers' "sdpa".
+NAME_LIKE_PLAIN = "swarm_like_plain"
 
 
 def paged_attention(
@@ -30,12 +33,14 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    like_plain: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store the new keys and values, then attend each row's new tokens to its whole context.
 
     query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], the layer's new tokens.
     sliding_window, softcap, s_aux: passed by models that use them (Mistral, Gemma 2, gpt-oss).
+    like_plain: see `use_paged_attention`.
     Returns [1, tokens, heads, head_dim].
     """
     new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -50,7 +55,7 @@ def paged_attention(
         row_keys = keys[row.context].transpose(0, 1)[None]
         row_values = values[row.context].transpose(0, 1)[None]
         if softcap is None and s_aux is None:
-            output = _attend(row, row_query, row_keys, row_values, scaling, sliding_window)
+            output = _attend(row, row_query, row_keys, row_values, scaling, sliding_window, like_plain)
         else:
             output = _attend_explicitly(row, row_query, row_keys, row_values, scaling, sliding_window, softcap, s_aux)
         outputs.append(output.transpose(1, 2))
@@ -58,12 +63,20 @@ def paged_attention(
 
 
 def _attend(
-    row: RowView, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+    row: RowView,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    like_plain: bool,
 ) -> torch.Tensor:
     heads, kv_heads = query.shape[1], key.shape[1]
     if row.num_tokens == 1:
         if window is not None and row.length > window:
             key, value = key[:, :, -window:], value[:, :, -window:]
+        if like_plain:
+            return F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=heads != kv_heads)
         # One token sees all of its context, so the query heads that share a KV head can stand as its queries.
         packed = query.reshape(1, kv_heads, heads // kv_heads, -1)
         output = F.scaled_dot_product_attention(packed, key, value, scale=scaling)
@@ -102,17 +115,20 @@ def _attend_explicitly(
     return weights.to(value.dtype) @ value
 
 
-def use_paged_attention(model: torch.nn.Module) -> None:
+def use_paged_attention(model: torch.nn.Module, *, like_plain: bool = False) -> None:
     """Make every attention module of `model` call `paged_attention`.
 
-    `set_attn_implementation` misses copies of the config that submodules hold, so each one is set.
+    like_plain: decode with the call that plain transformers makes. Packing the query heads of a KV head is faster, but
+        changes the last bits, and layers that round their input to int8 turn those into visible differences.
     """
-    AttentionInterface.register(NAME, paged_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    name = NAME_LIKE_PLAIN if like_plain else NAME
+    AttentionInterface.register(name, partial(paged_attention, like_plain=True) if like_plain else paged_attention)
+    AttentionMaskInterface.register(name, _no_mask)
+    # `set_attn_implementation` misses copies of the config that submodules hold, so each one is set.
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:
-            config._attn_implementation = NAME
+            config._attn_implementation = name
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
