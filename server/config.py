@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from swarm.data_structures import BlockSpan
 
+DTypeSetting = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
+QuantizationSetting = Literal["auto", "none", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -36,11 +38,11 @@ class ServerConfig(BaseModel):
     device: str = "cpu"
     """Where the blocks live: "cpu", "cuda", "cuda:1"."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of activations and unquantised weights. "auto": as stored in the checkpoint."""
+    dtype: DTypeSetting = "auto"
+    """Of activations and unquantised weights. "auto": bfloat16 where the device has it, else as stored."""
 
-    quantization: Quantization = "none"
-    """Of the linear layers' weights, by bitsandbytes as they load."""
+    quantization: QuantizationSetting = "auto"
+    """Of the linear layers' weights, by bitsandbytes as they load. "auto": NF4 on CUDA, none on a CPU."""
 
     cache_tokens: Annotated[int, Field(ge=1, le=2**30)] = 16_384
     """KV cache budget: tokens of all sessions together, each through the whole span."""

@@ -16,15 +16,16 @@ from swarm.dht import Directory
 from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
 from swarm.routing.placement import choose_span
-from swarm.tensors import DTYPES
 
 from .announcer import Announcer
-from .config import ServerConfig
+from .config import Quantization, ServerConfig
 from .engine import Engine
 from .handler import Handler
 from .kv_cache import KVCache
 from .numerics import numerics_tag
+from .precision import choose_dtype, choose_quantization, has_native_bfloat16
 from .sessions import SessionTable
+from .span import Span
 from .throughput import measure_throughput
 
 logger = logging.getLogger(__name__)
@@ -85,11 +86,12 @@ class Server:
 
     async def _start_on(self, checkpoint: Checkpoint, fingerprint: str, device: torch.device) -> str:
         config = self.config
-        dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+        dtype = choose_dtype(config.dtype, checkpoint.dtype, has_native_bfloat16(device))
+        quantization = choose_quantization(config.quantization, device)
         self.model = ModelInfo(
             name=checkpoint.name[:128], fingerprint=fingerprint, num_blocks=num_blocks(checkpoint.config)
         )
-        self._numerics = numerics_tag(dtype, config.quantization, device)
+        self._numerics = numerics_tag(dtype, quantization, device)
         self.span = config.blocks or await self._choose_span()
         check_span(self.span, self.model.num_blocks, checkpoint.name)
         self._cache = KVCache(len(self.span), config.cache_tokens, config.page_size, device, dtype)
@@ -97,7 +99,7 @@ class Server:
         await self._announcer.announce()
 
         self._report(f"loading blocks {self.span} of {checkpoint.name}")
-        span, self._throughput = await asyncio.to_thread(self._load, checkpoint, dtype, device)
+        span, self._throughput = await asyncio.to_thread(self._load, checkpoint, dtype, quantization, device)
         loop = asyncio.get_running_loop()
         self._engine = Engine(
             span,
@@ -121,12 +123,14 @@ class Server:
         await self._announcer.start()
         return await self.node.ready_address()
 
-    def _load(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
+    def _load(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
+    ) -> tuple[Span, float]:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         from .loader import load_span
 
-        span = load_span(checkpoint, self.span, dtype=dtype, quantization=self.config.quantization, device=device)
+        span = load_span(checkpoint, self.span, dtype=dtype, quantization=quantization, device=device)
         return span, measure_throughput(span, self._cache)
 
     async def _choose_span(self) -> BlockSpan:
