@@ -7,6 +7,7 @@ import typer
 from .bench_concurrent import concurrent
 from .bench_decode import decode
 from .bench_memory import memory
+from .bench_quantization import quantization
 from .bench_startup import startup
 
 app = typer.Typer(
@@ -14,5 +15,5 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (decode, concurrent, memory, startup):
+for command in (decode, concurrent, memory, quantization, startup):
     app.command()(command)
