@@ -9,6 +9,7 @@ from .bench_decode import decode
 from .bench_memory import memory
 from .bench_overcommit import overcommit
 from .bench_prefill import prefill
+from .bench_quantization import quantization
 from .bench_startup import startup
 
 app = typer.Typer(
@@ -16,5 +17,5 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (decode, concurrent, prefill, overcommit, memory, startup):
+for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup):
     app.command()(command)

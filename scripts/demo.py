@@ -8,14 +8,13 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from swarm.errors import UsageError
-
-from .run_server import QuantizationKind
 
 if TYPE_CHECKING:
     from swarm.client.inference_session import InferenceSession
@@ -34,6 +33,12 @@ MAX_TOKENS = (48, 64)
 
 #: In float32 no token depends on which servers compute it, nor on whether they compute it again after a fail-over.
 SERVER_FLAGS = ("--dtype", "float32", "--drain-time", "1")
+
+
+class QuantizationKind(StrEnum):
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
 
 
 def demo(

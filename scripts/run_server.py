@@ -25,6 +25,7 @@ class DType(StrEnum):
 
 
 class QuantizationKind(StrEnum):
+    AUTO = "auto"
     NONE = "none"
     INT8 = "int8"
     NF4 = "nf4"
@@ -39,10 +40,15 @@ def run_server(
         int | None, typer.Option(min=1, help="Serve this many blocks, where the swarm needs them most.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    dtype: Annotated[DType, typer.Option(help="Of activations and unquantised weights; auto: as stored.")] = DType.AUTO,
+    dtype: Annotated[
+        DType,
+        typer.Option(
+            help="Of activations and unquantised weights; auto: bfloat16 where the device has it, else as stored."
+        ),
+    ] = DType.AUTO,
     quantization: Annotated[
-        QuantizationKind, typer.Option(help="Of the weights, while they load.")
-    ] = QuantizationKind.NONE,
+        QuantizationKind, typer.Option(help="Of the weights, while they load; auto: nf4 on CUDA, none on a CPU.")
+    ] = QuantizationKind.AUTO,
     max_memory: Annotated[
         str | None,
         typer.Option(

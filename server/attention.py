@@ -7,6 +7,7 @@ computes raises `numerics.KERNEL_VERSION`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from .batch import FlatBatch, RowView
 from .decode_batch import DecodeBatch
 
 NAME = "swarm"
+#: The same with the very bits of plain transformers' "sdpa".
+NAME_LIKE_PLAIN = "swarm_like_plain"
 
 
 def paged_attention(
@@ -31,6 +34,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    like_plain: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store the new keys and values, then attend each row's new tokens to its whole context.
@@ -38,12 +42,13 @@ def paged_attention(
     query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], the new tokens of the layer, and
         the padding behind them if the batch has any.
     sliding_window, softcap, s_aux: passed by models that use them (Mistral, Gemma 2, gpt-oss).
+    like_plain: see `use_paged_attention`.
     Returns [1, tokens, heads, head_dim], zeros for padding.
     """
     keys, values = flat_batch.cache.storage(module.layer_idx, key, value)  # type: ignore[arg-type]
     keys.index_copy_(2, flat_batch.slots, key[:, :, : flat_batch.num_tokens])
     values.index_copy_(2, flat_batch.slots, value[:, :, : flat_batch.num_tokens])
-    variant = Variant(scaling, sliding_window, softcap, s_aux)
+    variant = Variant(scaling, sliding_window, softcap, s_aux, like_plain)
     if isinstance(flat_batch, DecodeBatch):
         return _attend_together(flat_batch, query, keys, values, variant), None
     outputs = [_attend_row(row, query, keys, values, variant).transpose(1, 2) for row in flat_batch.rows]
@@ -53,12 +58,16 @@ def paged_attention(
 
 
 class Variant(NamedTuple):
-    """What models do differently in attention. sinks: a learned score for each head, beside those of the context."""
+    """What models do differently in attention. sinks: a learned score for each head, beside those of the context.
+
+    like_plain: see `use_paged_attention`.
+    """
 
     scaling: float
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
+    like_plain: bool
 
     @property
     def is_explicit(self) -> bool:
@@ -75,10 +84,15 @@ def _attend_row(
     if variant.is_explicit:
         return _attend_explicitly(query, key, value, row.additive_mask(variant.window, query), variant)
     if row.num_tokens == 1:
+        if variant.like_plain:
+            grouped = query.shape[1] != key.shape[1]
+            return F.scaled_dot_product_attention(query, key, value, scale=variant.scaling, enable_gqa=grouped)
         # One token sees all of its context, so the query heads that share a KV head can stand as its queries.
         packed = query.reshape(1, key.shape[1], -1, query.shape[3])
         output = F.scaled_dot_product_attention(packed, key, value, scale=variant.scaling)
         return output.reshape(query.shape)
+    if variant.like_plain and row.num_tokens < row.length:
+        key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
     whole = row.num_tokens == row.length == key.shape[2] and (variant.window is None or row.length <= variant.window)
     return F.scaled_dot_product_attention(
         query,
@@ -114,8 +128,7 @@ def _attend_explicitly(
 
     query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, context, head_dim]; mask: added to the scores.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
     scores = query @ key.transpose(-1, -2) * variant.scaling
     if variant.softcap is not None:
         scores = torch.tanh(scores / variant.softcap) * variant.softcap
@@ -128,14 +141,22 @@ def _attend_explicitly(
     return weights.to(value.dtype) @ value
 
 
-def use_paged_attention(model: torch.nn.Module) -> None:
+def _repeat(key: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values of every KV head, once for each of its query heads."""
+    return key.repeat_interleave(heads // key.shape[1], dim=1)
+
+
+def use_paged_attention(model: torch.nn.Module, *, like_plain: bool = False) -> None:
     """Make every attention module of `model` call `paged_attention`.
 
     No mask function is registered beside it: the model then builds no mask. Rows know what they may see.
-    `set_attn_implementation` misses copies of the config that submodules hold, so each one is set.
+    like_plain: make the calls that plain transformers makes. Others are faster but change the last bits, and layers
+        that round their input to int8 turn those into visible differences.
     """
-    AttentionInterface.register(NAME, paged_attention)
+    name = NAME_LIKE_PLAIN if like_plain else NAME
+    AttentionInterface.register(name, partial(paged_attention, like_plain=like_plain))
+    # `set_attn_implementation` misses copies of the config that submodules hold, so each one is set.
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:
-            config._attn_implementation = NAME
+            config._attn_implementation = name

@@ -17,7 +17,9 @@ from pydantic import (
 
 from swarm.data_structures import BlockSpan
 
+DTypeSetting = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
+QuantizationSetting = Literal["auto", "none", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 #: Of `ServerConfig.max_stall`.
@@ -58,11 +60,11 @@ class ServerConfig(BaseModel):
     device: str = "cpu"
     """Where the blocks live: "cpu", "cuda", "cuda:1"."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of activations and unquantised weights. "auto": as stored in the checkpoint."""
+    dtype: DTypeSetting = "auto"
+    """Of activations and unquantised weights. "auto": bfloat16 where the device has it, else as stored."""
 
-    quantization: Quantization = "none"
-    """Of the linear layers' weights, by bitsandbytes as they load."""
+    quantization: QuantizationSetting = "auto"
+    """Of the linear layers' weights, by bitsandbytes as they load. "auto": NF4 on CUDA, none on a CPU."""
 
     max_memory: Annotated[ByteSize, WrapValidator(_read_size)] | None = None
     """Bytes of the device's memory for blocks, KV cache and activations together, as a number or "8GB", "512MiB".

@@ -40,6 +40,11 @@ class PackedLinear(nn.Module):
         """[out_features, in_features], unpacked for this one use."""
         return self.packed.to_dense()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight (but for what the layout may leave unused)."""
+        return self.packed.numel() * self.packed.element_size()
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
             return F.linear(input, self.weight, self.bias)

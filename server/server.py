@@ -16,18 +16,19 @@ from swarm.dht import Directory
 from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
 from swarm.routing.placement import choose_span
-from swarm.tensors import DTYPES
 
 from .announcer import Announcer
-from .config import ServerConfig
+from .config import Quantization, ServerConfig
 from .engine import Engine, Load
 from .eviction import EvictionLimits
 from .handler import Handler
 from .kv_cache import KVCache
 from .memory import usable_memory
 from .numerics import numerics_tag
+from .precision import choose_dtype, choose_quantization, has_native_bfloat16
 from .sessions import SessionTable
 from .sizing import Plan, block_size, plan
+from .span import Span
 from .speed_store import Speed, SpeedKey
 from .throughput import known_or_measured_speed
 
@@ -89,14 +90,15 @@ class Server:
 
     async def _start_on(self, checkpoint: Checkpoint, fingerprint: str, device: torch.device) -> str:
         config = self.config
-        dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+        dtype = choose_dtype(config.dtype, checkpoint.dtype, has_native_bfloat16(device))
+        quantization = choose_quantization(config.quantization, device)
         self.model = ModelInfo(
             name=checkpoint.name[:128], fingerprint=fingerprint, num_blocks=num_blocks(checkpoint.config)
         )
-        self._numerics = numerics_tag(dtype, config.quantization, device)
+        self._numerics = numerics_tag(dtype, quantization, device)
         if config.blocks is not None:
             check_span(config.blocks, self.model.num_blocks, checkpoint.name)
-        sizes = await asyncio.to_thread(self._plan, checkpoint, dtype, device)
+        sizes = await asyncio.to_thread(self._plan, checkpoint, dtype, quantization, device)
         self.span = config.blocks or await self._choose_span(sizes.num_blocks)
         self._cache = KVCache(
             len(self.span), sizes.cache_tokens, config.page_size, device, dtype, overcommit=config.cache_overcommit
@@ -105,7 +107,7 @@ class Server:
         await self._announcer.announce()
 
         self._report(f"loading blocks {self.span} of {checkpoint.name}")
-        span, self._speed = await asyncio.to_thread(self._load, checkpoint, dtype, device)
+        span, self._speed = await asyncio.to_thread(self._load, checkpoint, dtype, quantization, device)
         loop = asyncio.get_running_loop()
         self._engine = Engine(
             span,
@@ -133,16 +135,20 @@ class Server:
         await self._announcer.start()
         return await self.node.ready_address()
 
-    def _load(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
+    def _load(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
+    ) -> tuple[Span, Speed]:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         from .loader import load_span
 
-        span = load_span(checkpoint, self.span, dtype=dtype, quantization=self.config.quantization, device=device)
+        span = load_span(checkpoint, self.span, dtype=dtype, quantization=quantization, device=device)
         key = SpeedKey.here(self.model.fingerprint, self._numerics, len(self.span), device)
         return span, known_or_measured_speed(span, self._cache, key)
 
-    def _plan(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Plan:
+    def _plan(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
+    ) -> Plan:
         """How many blocks to serve, those asked for or what the memory holds, and the cache. Raises UsageError."""
         config, whole = self.config, self.model.num_blocks
         asked = config.num_blocks if config.blocks is None else len(config.blocks)
@@ -151,11 +157,11 @@ class Server:
         size = block_size(
             checkpoint.config,
             dtype=dtype,
-            quantization=config.quantization,
+            quantization=quantization,
             device=device,
             max_batch_tokens=config.max_batch_tokens,
         )
-        kind = config.quantization if config.quantization != "none" else str(dtype).removeprefix("torch.")
+        kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
         return plan(
             usable_memory(device, config.max_memory),
             size,

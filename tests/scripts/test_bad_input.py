@@ -69,7 +69,7 @@ def other_weights(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def incomplete_swarm(other_weights: Path) -> Iterator[LocalSwarm]:
     """Blocks 0:3 and 5:8 of `other_weights` would be needed beside what its only server holds: 3:5."""
-    with LocalSwarm(other_weights, ["3:5"], flags=["--threads", "1"]) as swarm:
+    with LocalSwarm(other_weights, ["3:5"], flags=["--threads", "1", "--dtype", "float32"]) as swarm:
         yield swarm
 
 

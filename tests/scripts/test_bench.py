@@ -112,6 +112,34 @@ def test_gaps_are_split_where_the_prompt_came() -> None:
     assert beside == [3.0, 1.0, 8.5]
 
 
+def test_quantization(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    file, text = tmp_path / "quantization.json", tmp_path / "text"
+    text.write_text(" ".join(f"w{4 + number * 7 % 250}" for number in range(60)))
+    arguments = ["--model", str(tiny_chat_folder), "--text", str(text), "--tokens", "50", "--runs", "2"]
+    assert run("quantization", *arguments, "--prompt-tokens", "8", "--steps", "2", "--json", str(file)) == 0
+    results, found = read(file, "quantization", runs=2)
+    # of one block: see test_memory; norms are in no linear layer
+    linear, norms = 3 * 64 * 64 + 3 * 128 * 64, 128
+    for name, size in {"float32": 4 * (linear + norms), "bfloat16": 2 * (linear + norms)}.items():
+        assert results[f"{name}: bytes per block"]["median"] == pytest.approx(size / 1e6)
+    scales = 4 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    assert results["int8: bytes per block"]["median"] == pytest.approx((linear + scales + 4 * norms) / 1e6)
+    assert 4.25 / 8 <= results["nf4: bytes per block"]["median"] * 1e6 / linear <= 5.5 / 8
+    agreement = {name: results[f"{name}: agreement with float32"]["median"] for name in ("float32", "int8", "nf4")}
+    assert agreement["float32"] == 1.0 > agreement["int8"] > agreement["nf4"] > 0.05  # by chance: 0.004
+    for name in ("plain transformers", "float32", "bfloat16", "float16", "int8", "nf4"):
+        assert results[f"{name}: decode step"]["median"] > 0
+        assert results[f"{name}: prefill"]["median"] > 0
+    assert "int8 / plain transformers: decode" in found["ratios"]
+
+
+def test_a_text_that_is_too_short(tiny_chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text("w4 w5")
+    assert run("quantization", "--model", str(tiny_chat_folder), "--text", str(text)) == 2
+    assert "the text has 2 tokens of the 2000 that are wanted" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "memory.json"

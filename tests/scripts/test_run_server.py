@@ -234,7 +234,9 @@ def test_sigterm_moves_a_running_generation(
             draining.set()
 
     prompt = [17, 99, 4]
-    swarm = LocalSwarm(tiny_llama_folder, ["0:8", "0:8"], flags=["--threads", "1"], on_progress=on_progress)
+    swarm = LocalSwarm(
+        tiny_llama_folder, ["0:8", "0:8"], flags=["--threads", "1", "--dtype", "float32"], on_progress=on_progress
+    )
     with swarm:
         model = AutoSwarmModelForCausalLM.from_pretrained(tiny_llama_folder, initial_peers=swarm.initial_peers)
         try:
@@ -258,8 +260,8 @@ def test_a_second_terminal_joins_by_the_address_of_the_first(
     bootstrap = start_peer("swarm", "run-bootstrap")
     bootstrap.wait_until_ready()
     servers = [
-        start_peer("run-server", tiny_chat_folder, "--initial-peers", bootstrap.address, "--blocks", blocks)
-        for blocks in ("0:4", "4:8")
+        start_peer("run-server", tiny_chat_folder, "--initial-peers", bootstrap.address, *flags)
+        for flags in (("--blocks", blocks, "--dtype", "float32") for blocks in ("0:4", "4:8"))
     ]
     for server in servers:
         server.wait_until_ready()
