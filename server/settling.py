@@ -2,7 +2,8 @@
 
 Sessions that decode together leave the device together, and their next tokens arrive a few tenths of a millisecond
 apart. A device that starts at once with the first of them splits them into two groups that wait for each other for
-ever. So it may wait, `MAX_WAIT` at most, for rows of its last batch whose owners have been quick so far.
+ever. So it may wait, `MAX_WAIT` at most, for rows of its last batch whose owners have been quick so far. Where only a
+chunk of a prompt would run meanwhile it has more patience, see pace.py.
 """
 
 from __future__ import annotations
