@@ -6,12 +6,10 @@ Only the lost part of the chain is rebuilt; servers before and after it keep the
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
@@ -35,6 +33,7 @@ from swarm.routing.router import Router
 from .block_client import BlockClient, OpenSpan
 from .config import ClientConfig
 from .history import History, split_step
+from .retries import Retries
 
 logger = logging.getLogger(__name__)
 
@@ -66,48 +65,6 @@ class Replacement:
     reason: str
     replayed_tokens: int
     time: float
-
-
-class Retries:
-    """How often and how long one step may be tried again.
-
-    Its time runs from the first failure on: a server that hangs takes all of `request_timeout` to fail.
-    """
-
-    def __init__(self, config: ClientConfig):
-        self._config = config
-        self._started: float | None = None
-        self._failures = 0
-        self._delay = config.retry_delay
-
-    async def after(self, error: SwarmError, *, wait: bool) -> None:
-        """Count a failure; sleep before the next try if `wait`. Raises an error like `error` when tries are used up."""
-        self._failures += 1
-        delay = self._delay if wait else 0.0
-        if self._failures > self._config.max_retries or self._elapsed() + delay > self._config.retry_time:
-            self._give_up(error)
-        if wait:
-            self._delay = min(2 * self._delay, self._config.max_retry_delay)
-            await asyncio.sleep(delay)
-
-    def uncounted(self, error: SwarmError) -> None:
-        """Before another try at once. It costs only time: raises like `after` when that is used up."""
-        if self._elapsed() > self._config.retry_time:
-            self._give_up(error)
-
-    def _elapsed(self) -> float:
-        now = time.monotonic()
-        if self._started is None:
-            self._started = now
-        return now - self._started
-
-    def _give_up(self, error: SwarmError) -> NoReturn:
-        text = f"{error} (gave up after {self._elapsed():.1f} s and {self._failures} attempts)"
-        if isinstance(error, MissingBlocks):
-            raise MissingBlocks(text, error.blocks) from error
-        if isinstance(error, CacheFull):
-            raise CacheFull(text, error.tokens_left) from error
-        raise (type(error) if isinstance(error, RoutingError) else RoutingError)(text) from error
 
 
 class Failover:
@@ -159,7 +116,12 @@ class Failover:
         while True:
             try:
                 found = await self._open(
-                    lost.link.span, lost.history, lengths, like=lost.link, trust_announcements=trust_announcements
+                    lost.link.span,
+                    lost.history,
+                    lengths,
+                    like=lost.link,
+                    trust_announcements=trust_announcements,
+                    retries=retries,
                 )
                 break
             except (*STEP_FAILURES, RoutingError, NetworkError) as failure:
@@ -222,10 +184,12 @@ class Failover:
         like: ChainLink | None,
         exclude: Collection[str] = (),
         trust_announcements: bool = True,
+        retries: Retries | None = None,
     ) -> list[Hop]:
         """One attempt: find a chain, open it, replay the history through it. All or nothing.
 
         trust_announcements: leave out servers that announced too little room, without asking them.
+        retries: how long to wait in an overcommitted server's line if there is no room elsewhere; None: not at all.
         """
         cache_tokens = self._num_rows * self._max_length if trust_announcements else 0
         chain = await self._find_chain(span, like, exclude, cache_tokens)
@@ -237,7 +201,7 @@ class Failover:
                 hop = await self._open_hop(link, history)
                 hops.append(hop)
                 if any(lengths):
-                    output = await self._replay(hop, lengths)
+                    output = await self._replay(hop, lengths, retries)
                     history = History(self._num_rows, self._max_length)
                     history.write(*output)
                 else:
@@ -272,17 +236,33 @@ class Failover:
             raise
         return Hop(link, opened, history)
 
-    async def _replay(self, hop: Hop, lengths: Sequence[int]) -> tuple[list[RowSlice], torch.Tensor]:
+    async def _replay(
+        self, hop: Hop, lengths: Sequence[int], retries: Retries | None
+    ) -> tuple[list[RowSlice], torch.Tensor]:
         rows, inputs = hop.history.read(lengths)
         outputs = []
         try:
             for part_rows, part in split_step(rows, inputs):
-                outputs.append((await hop.span.step(part_rows, part)).hidden)
+                while True:
+                    try:
+                        outputs.append((await hop.span.step(part_rows, part)).hidden)
+                        break
+                    except CacheFull as error:
+                        if retries is None or await self._has_room_elsewhere(hop.link):
+                            raise
+                        await retries.after(error, wait=True)  # the session keeps its place in the line
         except STEP_FAILURES as error:
             self._report(hop.link, error)
             raise
         self.answered(hop)
         return rows, torch.cat(outputs)
+
+    async def _has_room_elsewhere(self, link: ChainLink) -> bool:
+        try:
+            await self._find_chain(link.span, link, {link.peer_id}, self._num_rows * self._max_length)
+        except (RoutingError, NetworkError, CacheFull):
+            return False
+        return True
 
     def _report(self, link: ChainLink, error: SwarmError) -> None:
         """Blame a server for its failure. A full one is only asked after others, one that lost a session may open

@@ -348,7 +348,19 @@ def test_a_refused_replay_waits_for_the_same_server(swarm):
     user.step()
     assert user.route == USUAL
     assert client.banned == set()
-    assert len(swarm["B"].spans) == 1
+    assert swarm["B"].opened == 2, "the new session lost its place in the line"
+
+
+def test_a_refused_replay_goes_on_where_there_is_room(swarm):
+    client = swarm.connect()
+    user = client.user()
+    user.step(4)
+    swarm["B"].lose_sessions()
+    swarm["B"].fail("step", CacheFull("no cache became free"))
+    user.step()
+    assert user.route == WITHOUT["B"]
+    assert client.banned == set()
+    assert not swarm["B"].spans
 
 
 def test_a_step_that_stays_refused_gives_up_in_bound(swarm):
