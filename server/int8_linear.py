@@ -13,6 +13,16 @@ from bitsandbytes.nn import Linear8bitLt
 
 _INVERSE_OF_127_SQUARED = 6.200124e-05  # as bitsandbytes writes it
 
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int8 [rows, inputs] and [outputs, inputs] -> int32 [rows, outputs], exact: any way gives the same numbers."""
+    if _HAS_AVX512:
+        return torch._int_mm(rows, weight.t())
+    # torch's own product is scalar code there; bitsandbytes knows better.
+    return torch.ops.bitsandbytes.int8_linear_matmul.default(rows, weight)
+
 
 class FewStepsInt8Linear(Linear8bitLt):
     """`Linear8bitLt` without its detours. Gradients take the library's own way."""
@@ -25,7 +35,7 @@ class FewStepsInt8Linear(Linear8bitLt):
         rows = input.reshape(-1, self.in_features).to(torch.float16)
         largest = rows.abs().amax(dim=1, keepdim=True).float()
         rounded = (rows * (127.0 / largest)).round_().to(torch.int8)
-        product = torch.ops.bitsandbytes.int8_linear_matmul.default(rounded, self.state.CB)
+        product = _multiply(rounded, self.state.CB)
         output = (product * (largest * self.state.SCB)).mul_(_INVERSE_OF_127_SQUARED)
         if self.bias is not None:
             output += self.bias

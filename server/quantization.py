@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any |
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
+        # On CUDA it would log a line for every product in bfloat16: it rounds to float16 before it rounds to int8.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
