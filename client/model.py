@@ -19,7 +19,6 @@ from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan
 from swarm.dht import Directory
 from swarm.errors import NotSupported, UsageError
-from swarm.few_rows import speed_up_few_rows
 from swarm.node import NodeConfig, NodeThread
 from swarm.protocol import explain
 from swarm.quiet import quiet_loading
@@ -29,6 +28,7 @@ from swarm.tensors import DTYPES
 
 from .block_client import SwarmBlockClient
 from .config import ClientConfig
+from .few_rows import speed_up_few_rows
 from .inference_session import InferenceSession
 from .remote_blocks import MASK_NAME, RemoteBlocks
 

@@ -8,6 +8,8 @@ from .bench_concurrent import concurrent
 from .bench_decode import decode
 from .bench_memory import memory
 from .bench_overcommit import overcommit
+from .bench_prefill import prefill
+from .bench_quantization import quantization
 from .bench_startup import startup
 
 app = typer.Typer(
@@ -15,5 +17,5 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (decode, concurrent, overcommit, memory, startup):
+for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup):
     app.command()(command)

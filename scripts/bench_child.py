@@ -10,6 +10,7 @@ crowd MODEL DTYPE PROMPT_TOKENS NEW_TOKENS ADDR...: many users in one process. F
     first token) and `evictions`.
 echo MODEL DTYPE PROMPT_TOKENS STEPS ADDR...: sessions without a model. For every line N of its standard input, N
     sessions each take STEPS steps, as fast as answers come back. Prints READY, and for each line RESULT with `seconds`.
+echo-watch, client-watch: see bench_watchers.py.
 imports MODEL MODULE...: only imports, the modules and the model's own class. Prints DONE, then lives likewise.
 """
 
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from .bench_processes import RESULT
+from .bench_watchers import run_client_watch, run_echo_watch
 
 if TYPE_CHECKING:
     from swarm.client.block_client import OpenSpan
@@ -163,6 +165,8 @@ def main() -> None:
         "generator": run_generator,
         "crowd": run_crowd,
         "echo": run_echo,
+        "echo-watch": run_echo_watch,
+        "client-watch": run_client_watch,
         "imports": run_imports,
     }
     programs[what](*arguments)

@@ -14,15 +14,10 @@ if TYPE_CHECKING:
 
 
 def load_reference(source: str, quantization: Quantization) -> Any:
-    """The model of a folder or hub id in float32, its weights quantised as the servers do it.
-
-    int8 weights are unpacked after that: bitsandbytes would round the activations too, and then plain transformers
-    does not even agree with itself between a prefill and the same tokens one by one.
-    """
+    """The model of a folder or hub id in float32, its weights quantised as the servers do it."""
     quantized = quantization_config(quantization, torch.float32)
     options = {} if quantized is None else {"quantization_config": quantized, "device_map": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    return (model.dequantize() if quantization == "int8" else model).eval()
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
 
 
 def answer_tokens(model: Any, prompt: list[int], limits: dict[str, int], streamer: Any = None) -> list[int]:

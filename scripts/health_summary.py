@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from swarm.data_structures import ModelInfo, ServerState
+from swarm.data_structures import DECODE_ROWS, ModelInfo, ServerState
 from swarm.dht import ServerRecord
 from swarm.routing.snapshot import Snapshot, format_blocks
 
@@ -84,7 +84,11 @@ def problems(summary: Collection[ModelHealth], wanted: Iterable[str] = ()) -> li
 
 
 def to_json(summary: Iterable[ModelHealth], found: list[str]) -> dict[str, Any]:
-    """The summary and its problems for programs. Throughput in tokens/s, round trips in seconds."""
+    """The summary and its problems for programs.
+
+    Throughput and forward rate in tokens/s, network rate in bytes/s, round trips and decode times (by the number of
+    rows) in seconds.
+    """
     return {
         "healthy": not found,
         "problems": found,
@@ -113,6 +117,11 @@ def _server_to_json(server: ServerRecord, round_trip: float | None) -> dict[str,
         "span": [info.span.start, info.span.end],
         "state": info.state.value,
         "throughput": info.throughput,
+        "decode_times": dict(zip(map(str, DECODE_ROWS), info.decode_times, strict=False)),
+        "forward_rate": info.forward_rate,
+        "network_rate": info.network_rate,
+        "running_rows": info.running_rows,
+        "waiting_rows": info.waiting_rows,
         "numerics": info.numerics,
         "cache_tokens_left": info.cache_tokens_left,
         "software": info.software,

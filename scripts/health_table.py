@@ -54,9 +54,10 @@ def _table(health: ModelHealth) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for name in ("server", "peer", "blocks", "state"):
         table.add_column(name, overflow="fold")
-    table.add_column("tokens/s", justify="right")
+    for name in ("tokens/s", "prompt tokens/s", "network"):
+        table.add_column(name, justify="right")
     table.add_column("numerics", overflow="fold")
-    for name in ("cache tokens left", "round trip"):
+    for name in ("rows", "cache tokens left", "round trip"):
         table.add_column(name, justify="right")
     for server in health.servers:
         table.add_row(*_row(server, health.round_trips.get(server.peer_id)))
@@ -71,7 +72,10 @@ def _row(server: ServerRecord, round_trip: float | None) -> list[Text]:
         Text(str(info.span)),
         Text(info.state.value, _STATE_STYLES.get(info.state, "")),
         Text(f"{info.throughput:.1f}"),
+        Text("-" if info.forward_rate is None else f"{info.forward_rate:.0f}"),
+        Text("-" if info.network_rate is None else f"{info.network_rate / 1e6:.1f} MB/s"),
         Text(info.numerics),
+        Text(f"{info.running_rows} + {info.waiting_rows}"),  # running and waiting
         Text(str(info.cache_tokens_left)),
         Text("-", "red") if round_trip is None else Text(f"{round_trip * 1000:.1f} ms"),
     ]

@@ -41,6 +41,11 @@ SUBCOMMANDS = {
         "swarm.scripts.demo", "demo", "Start a swarm on this machine, kill a server, compare every token."
     ),
     "bench": Subcommand("swarm.scripts.bench", "app", "Measure against plain transformers on this machine."),
+    "check-device": Subcommand(
+        "swarm.scripts.check_device",
+        "check_device",
+        "Compare a swarm on this machine's device with plain transformers.",
+    ),
     "convert": Subcommand("swarm.scripts.convert", "convert", "Turn a GGUF file into a folder that can be served."),
 }
 

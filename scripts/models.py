@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from swarm.cache_folder import cache_folder
 from swarm.errors import ModelNotFound
 
 from .convert import convert_gguf, partial_prefix
@@ -37,15 +37,6 @@ def demo_model_folder(progress: Callable[[str], None] | None = None) -> Path:
         if not folder.is_dir():
             convert_gguf(source, folder, progress=progress)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $PETSWARM_CACHE, else petswarm in the user's cache folder."""
-    if own := os.environ.get("PETSWARM_CACHE"):
-        return Path(own).expanduser().absolute()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser().absolute() / "petswarm"
-    return Path.home() / ".cache" / "petswarm"
 
 
 def _packaged_gguf() -> Path:

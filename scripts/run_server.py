@@ -25,6 +25,7 @@ class DType(StrEnum):
 
 
 class QuantizationKind(StrEnum):
+    AUTO = "auto"
     NONE = "none"
     INT8 = "int8"
     NF4 = "nf4"
@@ -39,17 +40,41 @@ def run_server(
         int | None, typer.Option(min=1, help="Serve this many blocks, where the swarm needs them most.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    dtype: Annotated[DType, typer.Option(help="Of activations and unquantised weights; auto: as stored.")] = DType.AUTO,
+    dtype: Annotated[
+        DType,
+        typer.Option(
+            help="Of activations and unquantised weights; auto: bfloat16 where the device has it, else as stored."
+        ),
+    ] = DType.AUTO,
     quantization: Annotated[
-        QuantizationKind, typer.Option(help="Of the weights, while they load.")
-    ] = QuantizationKind.NONE,
+        QuantizationKind, typer.Option(help="Of the weights, while they load; auto: nf4 on CUDA, none on a CPU.")
+    ] = QuantizationKind.AUTO,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the device, for blocks, cache and activations: 8GB, 512MiB. Without it, what is free.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
     cache_tokens: Annotated[
-        int, typer.Option(min=1, help="KV cache budget in tokens, all sessions together.")
-    ] = 16_384,
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV cache budget in tokens, all sessions together. Without it, as the memory allows.",
+            show_default=False,
+        ),
+    ] = None,
     cache_overcommit: Annotated[
         float,
         typer.Option(min=1, help="Let sessions reserve this many times the budget; the idle are evicted when it ends."),
     ] = 1.0,
+    max_stall: Annotated[
+        float,
+        typer.Option(
+            min=0, help="While a prompt is prefilled, others' tokens come at most about this many times slower; 0: off."
+        ),
+    ] = 3.0,
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -108,8 +133,10 @@ def run_server(
             device=device,
             dtype=dtype.value,
             quantization=quantization.value,
+            max_memory=max_memory,  # type: ignore[arg-type]  # parsed there
             cache_tokens=cache_tokens,
             cache_overcommit=cache_overcommit,
+            max_stall=max_stall,
             host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
             announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
             identity_path=identity_path,

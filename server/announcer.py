@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 
 from swarm.data_structures import ModelInfo, ServerInfo, ServerState
-from swarm.dht import Directory
+from swarm.dht import Directory, ServerRecord
 from swarm.errors import SwarmError
 from swarm.node import Node
-from swarm.rpc import ping
+from swarm.rpc import ping, upload_rate
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +23,10 @@ PERIODS_TO_LIVE = 3
 #: Servers that hold the next block are pinged, this many in each period, so that clients know the links between us.
 MAX_PINGS = 5
 PING_TIMEOUT = 2.0
+#: The way to others is measured to so many of them, with 1 MiB each at most, and again once in so many seconds.
+MAX_UPLOADS = 3
+UPLOAD_TIMEOUT = 5.0
+UPLOAD_PERIOD = 3600.0
 
 
 class Announcer:
@@ -29,7 +36,7 @@ class Announcer:
         self,
         node: Node,
         model: ModelInfo,
-        info: Callable[[dict[str, float]], ServerInfo],
+        info: Callable[[], ServerInfo],
         period: float,
     ):
         self._node = node
@@ -37,14 +44,18 @@ class Announcer:
         self._model = model
         self._info = info
         self._period = period
-        self._pings: dict[str, float] = {}
+        #: seconds of round trip to servers that hold the next block, by peer id
+        self.next_pings: dict[str, float] = {}
+        #: bytes/s to others of the swarm (the median of a few); None while nobody else was measured
+        self.network_rate: float | None = None
+        self._upload_after = 0.0
         self._touched = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Announce once, then keep on in the background. Raises NetworkError if the first announcement fails."""
         await self.announce()
-        self._task = asyncio.create_task(self._beat())
+        self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._survey())]
 
     def touch(self) -> None:
         """Something changed that others should know soon."""
@@ -52,13 +63,13 @@ class Announcer:
 
     async def announce(self) -> None:
         self._touched.clear()
-        await self._directory.announce(self._model, self._info(self._pings), self._period * PERIODS_TO_LIVE)
+        await self._directory.announce(self._model, self._info(), self._period * PERIODS_TO_LIVE)
 
     async def stop(self) -> None:
         """End the heartbeat and withdraw. `info()` must say OFFLINE by now."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             await self.announce()
         except SwarmError as error:
@@ -66,12 +77,10 @@ class Announcer:
 
     async def _beat(self) -> None:
         while True:
-            try:
-                # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+            # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._period):
                     await self._touched.wait()
-            except TimeoutError:
-                await self._ping_successors()
             try:
                 await self.announce()
             except SwarmError as error:
@@ -83,24 +92,46 @@ class Announcer:
         """Changes closer together than this share an announcement."""
         return min(1.0, self._period / 4)
 
-    async def _ping_successors(self) -> None:
+    async def _survey(self) -> None:
+        """Measure the ways to other servers. Apart from the heartbeat, which must not wait for peers that hang."""
+        while True:
+            await self._look_around()
+            self.touch()
+            await asyncio.sleep(self._period)
+
+    async def _look_around(self) -> None:
         try:
             records = await self._directory.servers(self._model.fingerprint)
         except SwarmError as error:
             logger.warning("could not read the list of servers: %s", error)
             return
-        end = self._info({}).span.end
-        next_peers = [
-            record.peer_id
+        others = [
+            record
             for record in records
-            if end in record.info.span
-            and record.info.state is ServerState.ONLINE
-            and record.peer_id != self._node.peer_id
+            if record.info.state is ServerState.ONLINE and record.peer_id != self._node.peer_id
         ]
+        await self._ping_successors(others)
+        if time.monotonic() >= self._upload_after:
+            await self._measure_network([record.peer_id for record in others])
+
+    async def _ping_successors(self, others: Sequence[ServerRecord]) -> None:
+        end = self._info().span.end
+        next_peers = [record.peer_id for record in others if end in record.info.span]
         chosen = random.sample(next_peers, min(MAX_PINGS, len(next_peers)))
         times = await asyncio.gather(
             *(ping(self._node.p2p, peer, PING_TIMEOUT) for peer in chosen), return_exceptions=True
         )
         alive = {peer: time for peer, time in zip(chosen, times, strict=True) if isinstance(time, float)}
-        kept = {peer: time for peer, time in self._pings.items() if peer in next_peers and peer not in chosen}
-        self._pings = {**kept, **alive}
+        kept = {peer: time for peer, time in self.next_pings.items() if peer in next_peers and peer not in chosen}
+        self.next_pings = {**kept, **alive}
+
+    async def _measure_network(self, others: Sequence[str]) -> None:
+        rates = []
+        for peer in random.sample(others, min(MAX_UPLOADS, len(others))):  # in turn: they share our line
+            try:
+                rates.append(await upload_rate(self._node.p2p, peer, UPLOAD_TIMEOUT))
+            except SwarmError as error:
+                logger.info("could not measure the way to %s: %s", peer, error)
+        if rates:
+            self.network_rate = statistics.median(rates)
+            self._upload_after = time.monotonic() + UPLOAD_PERIOD

@@ -7,15 +7,19 @@ computes raises `numerics.KERNEL_VERSION`.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from .batch import FlatBatch, RowView
+from .decode_batch import DecodeBatch
 
 NAME = "swarm"
+#: The same with the very bits of plain transformers' "sdpa".
+NAME_LIKE_PLAIN = "swarm_like_plain"
 
 
 def paged_attention(
@@ -25,95 +29,134 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    flat_batch: FlatBatch,
+    flat_batch: FlatBatch | DecodeBatch,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    like_plain: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store the new keys and values, then attend each row's new tokens to its whole context.
 
-    query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], the layer's new tokens.
+    query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], the new tokens of the layer, and
+        the padding behind them if the batch has any.
     sliding_window, softcap, s_aux: passed by models that use them (Mistral, Gemma 2, gpt-oss).
-    Returns [1, tokens, heads, head_dim].
+    like_plain: see `use_paged_attention`.
+    Returns [1, tokens, heads, head_dim], zeros for padding.
     """
-    new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys, values = flat_batch.cache.storage(module.layer_idx, new_keys, new_values)  # type: ignore[arg-type]
-    keys.index_copy_(0, flat_batch.slots, new_keys)
-    values.index_copy_(0, flat_batch.slots, new_values)
-
-    outputs = []
-    for row in flat_batch.rows:
-        row_query = query[:, :, row.first : row.first + row.num_tokens]
-        # [1, kv_heads, length, head_dim]; a view, not a copy, where the row's pages lie side by side
-        row_keys = keys[row.context].transpose(0, 1)[None]
-        row_values = values[row.context].transpose(0, 1)[None]
-        if softcap is None and s_aux is None:
-            output = _attend(row, row_query, row_keys, row_values, scaling, sliding_window)
-        else:
-            output = _attend_explicitly(row, row_query, row_keys, row_values, scaling, sliding_window, softcap, s_aux)
-        outputs.append(output.transpose(1, 2))
+    keys, values = flat_batch.cache.storage(module.layer_idx, key, value)  # type: ignore[arg-type]
+    keys.index_copy_(2, flat_batch.slots, key[:, :, : flat_batch.num_tokens])
+    values.index_copy_(2, flat_batch.slots, value[:, :, : flat_batch.num_tokens])
+    variant = Variant(scaling, sliding_window, softcap, s_aux, like_plain)
+    if isinstance(flat_batch, DecodeBatch):
+        return _attend_together(flat_batch, query, keys, values, variant), None
+    outputs = [_attend_row(row, query, keys, values, variant).transpose(1, 2) for row in flat_batch.rows]
+    if flat_batch.padding:
+        outputs.append(query.new_zeros(1, flat_batch.padding, *outputs[0].shape[2:]))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
-def _attend(
-    row: RowView, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None
+class Variant(NamedTuple):
+    """What models do differently in attention. sinks: a learned score for each head, beside those of the context.
+
+    like_plain: see `use_paged_attention`.
+    """
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    like_plain: bool
+
+    @property
+    def is_explicit(self) -> bool:
+        """The fused kernels lack this."""
+        return self.softcap is not None or self.sinks is not None
+
+
+def _attend_row(
+    row: RowView, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: Variant
 ) -> torch.Tensor:
-    heads, kv_heads = query.shape[1], key.shape[1]
+    """query: of the whole batch. Returns [1, heads, the row's tokens, head_dim]."""
+    query = query.narrow(2, row.first, row.num_tokens)
+    key, value = row.visible(keys, variant.window), row.visible(values, variant.window)
+    if variant.is_explicit:
+        return _attend_explicitly(query, key, value, row.additive_mask(variant.window, query), variant)
     if row.num_tokens == 1:
-        if window is not None and row.length > window:
-            key, value = key[:, :, -window:], value[:, :, -window:]
+        if variant.like_plain:
+            grouped = query.shape[1] != key.shape[1]
+            return F.scaled_dot_product_attention(query, key, value, scale=variant.scaling, enable_gqa=grouped)
         # One token sees all of its context, so the query heads that share a KV head can stand as its queries.
-        packed = query.reshape(1, kv_heads, heads // kv_heads, -1)
-        output = F.scaled_dot_product_attention(packed, key, value, scale=scaling)
-        return output.reshape(1, heads, 1, -1)
-    if heads != kv_heads:
-        key = key.repeat_interleave(heads // kv_heads, dim=1)
-        value = value.repeat_interleave(heads // kv_heads, dim=1)
-    if row.num_tokens == row.length and (window is None or row.length <= window):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    mask = row.causal_mask(window, query.device)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        packed = query.reshape(1, key.shape[1], -1, query.shape[3])
+        output = F.scaled_dot_product_attention(packed, key, value, scale=variant.scaling)
+        return output.reshape(query.shape)
+    if variant.like_plain and row.num_tokens < row.length:
+        key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+    whole = row.num_tokens == row.length == key.shape[2] and (variant.window is None or row.length <= variant.window)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if whole else row.additive_mask(variant.window, query),
+        is_causal=whole,
+        scale=variant.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _attend_together(
+    batch: DecodeBatch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: Variant
+) -> torch.Tensor:
+    """One new token of every row. query: [1, heads, rows, head_dim]; returns [1, rows, heads, head_dim]."""
+    key, value = batch.gather(keys, variant.window), batch.gather(values, variant.window)
+    visible = batch.visible(variant.window)[:, None, None, :]
+    query = query[0].transpose(0, 1)[:, :, None]  # [rows, heads, 1, head_dim]
+    if variant.is_explicit:
+        mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, float("-inf"))
+        output = _attend_explicitly(query, key, value, mask, variant)
+    else:
+        packed = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+        output = F.scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=variant.scaling)
+    return output.reshape(1, len(query), -1, query.shape[3])
 
 
 def _attend_explicitly(
-    row: RowView,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, variant: Variant
 ) -> torch.Tensor:
-    """Attention with what the fused kernels lack: soft-capped scores, and a learned sink beside the context."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~row.causal_mask(window, query.device), float("-inf"))
-    if sinks is None:
+    """Attention with soft-capped scores or a learned sink beside the context.
+
+    query: [rows, heads, tokens, head_dim]; key, value: [rows, kv_heads, context, head_dim]; mask: added to the scores.
+    """
+    key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+    scores = query @ key.transpose(-1, -2) * variant.scaling
+    if variant.softcap is not None:
+        scores = torch.tanh(scores / variant.softcap) * variant.softcap
+    scores = scores + mask
+    if variant.sinks is None:
         weights = scores.softmax(dim=-1, dtype=torch.float32)
     else:
-        sink_scores = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        sink_scores = variant.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
         weights = torch.cat([scores, sink_scores], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
     return weights.to(value.dtype) @ value
 
 
-def use_paged_attention(model: torch.nn.Module) -> None:
+def _repeat(key: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values of every KV head, once for each of its query heads."""
+    return key.repeat_interleave(heads // key.shape[1], dim=1)
+
+
+def use_paged_attention(model: torch.nn.Module, *, like_plain: bool = False) -> None:
     """Make every attention module of `model` call `paged_attention`.
 
-    `set_attn_implementation` misses copies of the config that submodules hold, so each one is set.
+    No mask function is registered beside it: the model then builds no mask. Rows know what they may see.
+    like_plain: make the calls that plain transformers makes. Others are faster but change the last bits, and layers
+        that round their input to int8 turn those into visible differences.
     """
-    AttentionInterface.register(NAME, paged_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    name = NAME_LIKE_PLAIN if like_plain else NAME
+    AttentionInterface.register(name, partial(paged_attention, like_plain=like_plain))
+    # `set_attn_implementation` misses copies of the config that submodules hold, so each one is set.
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:
-            config._attn_implementation = NAME
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Rows know what they may see; the model builds no mask for the flattened batch."""
+            config._attn_implementation = name

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from swarm.data_structures import BlockSpan
 
+DTypeSetting = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
+QuantizationSetting = Literal["auto", "none", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+#: Of `ServerConfig.max_stall`.
+DEFAULT_MAX_STALL = 3.0
+
+
+def _read_size(value: Any, read: ValidatorFunctionWrapHandler) -> ByteSize:
+    """What the library makes of it, with an error that says what to write."""
+    try:
+        size: ByteSize = read(value)
+    except ValidationError as error:
+        raise ValueError(f"cannot read {value!r} as an amount of memory; write for example 8GB or 512MiB") from error
+    if size < 1:
+        raise ValueError("must be more than nothing")
+    return size
 
 
 class ServerConfig(BaseModel):
@@ -36,14 +60,18 @@ class ServerConfig(BaseModel):
     device: str = "cpu"
     """Where the blocks live: "cpu", "cuda", "cuda:1"."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of activations and unquantised weights. "auto": as stored in the checkpoint."""
+    dtype: DTypeSetting = "auto"
+    """Of activations and unquantised weights. "auto": bfloat16 where the device has it, else as stored."""
 
-    quantization: Quantization = "none"
-    """Of the linear layers' weights, by bitsandbytes as they load."""
+    quantization: QuantizationSetting = "auto"
+    """Of the linear layers' weights, by bitsandbytes as they load. "auto": NF4 on CUDA, none on a CPU."""
 
-    cache_tokens: Annotated[int, Field(ge=1, le=2**30)] = 16_384
-    """KV cache budget: tokens of all sessions together, each through the whole span."""
+    max_memory: Annotated[ByteSize, WrapValidator(_read_size)] | None = None
+    """Bytes of the device's memory for blocks, KV cache and activations together, as a number or "8GB", "512MiB".
+    On a CPU, Python and its libraries take about half a gigabyte besides. None: what is free."""
+
+    cache_tokens: Annotated[int, Field(ge=1, le=2**30)] | None = None
+    """KV cache budget: tokens of all sessions together, each through the whole span. None: derived from the memory."""
 
     cache_overcommit: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """All sessions together may reserve this many times `cache_tokens`, as few reach their declared length.
@@ -70,6 +98,10 @@ class ServerConfig(BaseModel):
 
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] = 1024
     """Tokens in one forward pass; a longer prompt is prefilled in several."""
+
+    max_stall: Annotated[float, Field(ge=0, le=1e6)] = DEFAULT_MAX_STALL
+    """While a prompt is prefilled, the gaps between other sessions' tokens grow to about this many times the usual:
+    prompts run in chunks of the size that allows it. 0: no limit, so always up to `max_batch_tokens` at once."""
 
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     """Multiaddresses to listen on."""

@@ -6,26 +6,29 @@ al., OSDI'22). The engine knows nothing about peers, streams or messages.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
 from swarm.errors import EngineError, SwarmError
 
 from .batch import RowChunk
+from .config import DEFAULT_MAX_STALL
 from .eviction import EvictionLimits
-from .kv_cache import KVCache, RowCache
+from .kv_cache import KVCache
+from .pace import Pace
 from .page_queue import PageQueue
-from .scheduler import Waiting, next_batch
+from .recovery import Outcome, run_batch
+from .scheduler import Kind, Waiting, next_batch
 from .settling import Settling
 from .span import Span
+from .tasks import Piece, StepOutput, StepTask
 
 logger = logging.getLogger(__name__)
 
@@ -34,55 +37,11 @@ LOOK_AGAIN = 0.1
 
 
 @dataclass(frozen=True)
-class RowWork:
-    """New tokens of one row: `num_tokens` from `position` on; earlier cached tokens from there on are forgotten."""
+class Load:
+    """Rows that the device works on, and rows whose next tokens wait for it."""
 
-    cache: RowCache
-    position: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """hidden: [tokens, hidden_size] on the CPU, in the dtype of the input. Times in seconds."""
-
-    hidden: torch.Tensor
-    queue_time: float
-    compute_time: float
-
-
-@dataclass
-class StepTask:
-    """One step of one session: the tokens of its rows, side by side, through local blocks [start, end)."""
-
-    hidden: torch.Tensor
-    rows: Sequence[RowWork]
-    start: int
-    end: int
-    future: Future[StepOutput] = field(default_factory=Future)
-    created: float = field(default_factory=time.monotonic)
-    queue_time: float = 0.0
-    compute_time: float = 0.0
-    progress: list[int] = field(default_factory=list)  # tokens done, per row
-    output: torch.Tensor | None = None
-    waits_for_pages: bool = False
-
-    def __post_init__(self) -> None:
-        self.progress = [0] * len(self.rows)
-
-    @property
-    def done(self) -> bool:
-        return all(done == row.num_tokens for done, row in zip(self.progress, self.rows, strict=True))
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Tokens [done, done + chunk.num_tokens) of one row of a task, as they enter a batch."""
-
-    task: StepTask
-    row: int
-    first: int  # of these tokens within the task's hidden states
-    chunk: RowChunk
+    running_rows: int
+    waiting_rows: int
 
 
 class Engine:
@@ -96,15 +55,19 @@ class Engine:
         threads: int | None = None,
         on_death: Callable[[], object] = lambda: None,
         limits: EvictionLimits | None = None,
+        max_stall: float = DEFAULT_MAX_STALL,
     ):
-        """limits: of an overcommitted cache. on_death: called on the engine's thread when that ends though nobody
-        stopped it, which is a bug of ours."""
+        """max_stall: see `ServerConfig`. limits: of an overcommitted cache.
+
+        on_death: called on the engine's thread when that ends though nobody stopped it, which is a bug of ours.
+        """
         self.span = span
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
         #: batches run, and rows in them: their ratio tells how well sessions are batched together
         self.num_batches = 0
         self.num_batched_rows = 0
+        self._running_rows = 0
         self._threads = threads
         self._on_death = on_death
         self._tasks: deque[StepTask] = deque()
@@ -112,6 +75,8 @@ class Engine:
         self._pages = PageQueue(cache, limits or EvictionLimits())
         self._look_again = 0.0
         cache.on_release = self._on_release
+        self._pace = Pace(max_stall)
+        self._batches_without_training = 0
         self._free_since = 0.0
         self._wake = threading.Condition()
         self._stopping = False
@@ -137,8 +102,22 @@ class Engine:
                 self._tasks.append(task)
                 for row in task.rows:
                     self._settling.arrived(row.cache, task.created)
+                    self._pace.arrived(row.cache, task.kind(row) is Kind.DECODE, task.created)
                 self._wake.notify()
         return task.future
+
+    @property
+    def load(self) -> Load:
+        """What the engine has to do at this moment. From any thread."""
+        with self._wake:
+            unfinished = sum(
+                done < row.num_tokens
+                for task in self._tasks
+                if not task.future.done()
+                for done, row in zip(task.progress, task.rows, strict=True)
+            )
+            running = min(self._running_rows, unfinished)
+        return Load(running, unfinished - running)
 
     def _run(self) -> None:
         if self._threads is not None:
@@ -154,7 +133,7 @@ class Engine:
             with self._wake:
                 self._stopping = True
             for task in self._tasks:
-                _fail(task, EngineError("the server is stopping"))
+                task.fail(EngineError("the server is stopping"))
 
     def _wait_for_work(self) -> list[StepTask] | None:
         with self._wake:
@@ -178,14 +157,16 @@ class Engine:
         """How long the free device should wait for more rows before it takes what is ready."""
         self._settling.forget(lambda row: row.released)
         ready_since = max(self._free_since, first.created)
-        return self._settling.wait_until(ready_since) - time.monotonic()
+        prompt_waits = any(task.kind(row) is not Kind.DECODE for task in self._tasks for row in task.rows)
+        patience = self._pace.patience() if prompt_waits else 0.0
+        return self._settling.wait_until(ready_since, patience) - time.monotonic()
 
     def _with_pages(self, tasks: list[StepTask]) -> list[StepTask]:
         """Those that can run; the others wait for pages of an overcommitted cache, or fail."""
         self._look_again = time.monotonic() + LOOK_AGAIN
         ready, failed = self._pages.provide(tasks)
         for task, error in failed:
-            _fail(task, error)
+            task.fail(error)
         return ready
 
     def _on_release(self) -> None:
@@ -196,28 +177,31 @@ class Engine:
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""
         pieces = self._schedule(tasks)
+        self._running_rows = len(pieces)
         started = time.monotonic()
         try:
             if pieces:
-                self._collect(pieces, self._forward(pieces), started)
-        except Exception as error:
-            logger.exception("a batch of %d rows failed", len(pieces))
-            for piece in pieces:
-                _fail(piece.task, EngineError(f"the forward pass failed: {type(error).__name__}: {error}"))
+                self._collect(run_batch(pieces, self._forward), started)
         finally:
             self.cache.let_go(piece.chunk.cache for piece in pieces)
-            self._note_finished(pieces)
+            self._note_finished(pieces, started)
         for task in tasks:
-            if task.done and task.output is not None:
-                _finish(task, StepOutput(task.output, task.queue_time, task.compute_time))
+            if task.done:
+                task.finish()
 
-    def _note_finished(self, pieces: list[_Piece]) -> None:
+    def _note_finished(self, pieces: list[Piece], started: float) -> None:
         """Before the results leave: their rows may be back at any moment."""
         self._free_since = time.monotonic()
+        self._running_rows = 0
+        leaving = [piece.chunk.cache for piece in pieces if piece.task.done]
+        bulk_tokens = sum(piece.chunk.num_tokens for piece in pieces if piece.kind is not Kind.DECODE)
+        any_decode = any(piece.kind is Kind.DECODE for piece in pieces)
         with self._wake:
-            self._settling.finished([piece.chunk.cache for piece in pieces if piece.task.done], self._free_since)
+            self._settling.finished(leaving, self._free_since)
+            if pieces:
+                self._pace.finished(leaving, bulk_tokens, any_decode, started, self._free_since)
 
-    def _schedule(self, tasks: list[StepTask]) -> list[_Piece]:
+    def _schedule(self, tasks: list[StepTask]) -> list[Piece]:
         candidates: list[tuple[StepTask, int, int]] = []
         waiting: list[Waiting] = []
         for task in tasks:
@@ -225,14 +209,30 @@ class Engine:
             for index, row in enumerate(task.rows):
                 if task.progress[index] < row.num_tokens:
                     candidates.append((task, index, first + task.progress[index]))
-                    waiting.append(Waiting(row.num_tokens - task.progress[index], decode=row.num_tokens == 1))
+                    waiting.append(Waiting(row.num_tokens - task.progress[index], task.kind(row)))
                 first += row.num_tokens
         pieces = []
-        taken = next_batch(waiting, self.max_batch_tokens)
-        for (task, index, first), num_tokens in zip(candidates, taken, strict=True):
+        for (task, index, first), num_tokens in zip(candidates, self._share_batch(candidates, waiting), strict=True):
             if num_tokens and (chunk := self._make_room(task, index, num_tokens)) is not None:
-                pieces.append(_Piece(task, index, first, chunk))
+                pieces.append(Piece(task, index, first, chunk))
         return pieces
+
+    def _share_batch(self, candidates: list[tuple[StepTask, int, int]], waiting: list[Waiting]) -> list[int]:
+        """How many tokens of each candidate go into the next batch."""
+        decoding = {
+            task.rows[index].cache
+            for (task, index, _), entry in zip(candidates, waiting, strict=True)
+            if entry.kind is Kind.DECODE
+        }
+        bulk_tokens = self.max_batch_tokens
+        with self._wake:
+            self._pace.forget(lambda row: row.released)
+            if len(decoding) < len(waiting):
+                bulk_tokens = self._pace.bulk_tokens(decoding, self.max_batch_tokens, time.monotonic())
+        taken = next_batch(waiting, self.max_batch_tokens, bulk_tokens, self._batches_without_training)
+        training = [size for size, entry in zip(taken, waiting, strict=True) if entry.kind is Kind.TRAINING]
+        self._batches_without_training = self._batches_without_training + 1 if training and not any(training) else 0
+        return taken
 
     def _make_room(self, task: StepTask, index: int, num_tokens: int) -> RowChunk | None:
         """Cache pages for the next tokens of a row, held for this batch. None if its session ended or gets too long."""
@@ -243,28 +243,30 @@ class Engine:
                 self.cache.truncate(row.cache, position)
             if self.cache.grow(row.cache, position + num_tokens) and self.cache.hold(row.cache):
                 return RowChunk(row.cache, position, num_tokens, task.start, task.end)
-            _fail(task, EngineError("the session ended while its step was waiting"))
+            task.fail(EngineError("the session ended while its step was waiting"))
         except SwarmError as error:
-            _fail(task, error)
+            task.fail(error)
         return None
 
-    def _forward(self, pieces: list[_Piece]) -> torch.Tensor:
+    def _forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         slices = [piece.task.hidden[piece.first : piece.first + piece.chunk.num_tokens] for piece in pieces]
         flat = slices[0] if len(slices) == 1 else torch.cat([part.to(self.span.dtype) for part in slices])
         flat = flat.to(self.span.device, self.span.dtype)
-        return self.span.forward(flat, [piece.chunk for piece in pieces], self.cache)
+        return self.span.forward(flat, [piece.chunk for piece in pieces], self.cache).cpu()
 
-    def _collect(self, pieces: list[_Piece], output: torch.Tensor, started: float) -> None:
-        output = output.cpu()
+    def _collect(self, outcomes: Sequence[Outcome], started: float) -> None:
         elapsed = time.monotonic() - started
         self.num_batches += 1
-        self.num_batched_rows += len(pieces)
-        first = 0
+        self.num_batched_rows += len(outcomes)
+        for piece, result in outcomes:
+            if isinstance(result, EngineError):
+                piece.task.fail(result)
         timed: set[int] = set()
-        for piece in pieces:
+        for piece, result in outcomes:
             task, chunk = piece.task, piece.chunk
-            part = output[first : first + chunk.num_tokens].to(task.hidden.dtype)
-            first += chunk.num_tokens
+            if isinstance(result, EngineError) or task.future.done():
+                continue
+            part = result.to(task.hidden.dtype)
             if len(part) == len(task.hidden):
                 task.output = part
             else:
@@ -277,17 +279,3 @@ class Engine:
                 timed.add(id(task))
                 task.queue_time = task.queue_time or started - task.created
                 task.compute_time += elapsed
-
-
-def _finish(task: StepTask, output: StepOutput) -> None:
-    _settle(task.future.set_result, output)
-
-
-def _fail(task: StepTask, error: SwarmError) -> None:
-    _settle(task.future.set_exception, error)
-
-
-def _settle(action: Callable[..., None], value: StepOutput | SwarmError) -> None:
-    """Resolve a future that its owner may have cancelled in the same moment."""
-    with contextlib.suppress(InvalidStateError):
-        action(value)

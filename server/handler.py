@@ -16,6 +16,7 @@ from swarm.errors import (
     BadSpan,
     CacheFull,
     EngineError,
+    MessageTooLarge,
     NotSupported,
     PeerRefused,
     PeerUnreachable,
@@ -26,6 +27,7 @@ from swarm.errors import (
 )
 from swarm.protocol import (
     INFERENCE_STREAM,
+    MAX_UPLOAD_BYTES,
     BlockProtocol,
     CloseSession,
     ErrorReply,
@@ -39,8 +41,9 @@ from swarm.protocol import (
 from swarm.rpc import FrameStream
 from swarm.tensors import all_finite, from_bytes, to_bytes
 
-from .engine import Engine, StepTask
+from .engine import Engine
 from .sessions import Session, SessionTable
+from .tasks import StepTask
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,12 @@ class Handler:
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         return runtime_pb2.ExpertInfo(serialized_info=self._info().model_dump_json().encode())
+
+    async def rpc_upload(self, request: runtime_pb2.ExpertInfo, context: P2PContext) -> runtime_pb2.ExpertUID:
+        size = len(request.serialized_info)
+        if size > MAX_UPLOAD_BYTES:
+            raise MessageTooLarge(f"an upload of {size} bytes is over the limit of {MAX_UPLOAD_BYTES}")
+        return runtime_pb2.ExpertUID(uid=str(size))
 
     async def drain(self, timeout: float) -> None:
         """Take no more sessions, tell the running ones to move, and wait until they did, `timeout` seconds at most."""

@@ -1,47 +1,49 @@
-"""int8 weights under activations that stay as they are, for the CPU.
+"""bitsandbytes' int8 layer in fewer steps, for the CPU: bit for bit the same result.
 
-bitsandbytes quantises the weights as they load. Its multiplication rounds the activations to int8 too, row by row: a
-difference of 1e-7 in a row (another kernel, or a prefill instead of decode steps) then moves some values to the next
-int8 step, and after a few blocks the logits differ visibly. Plain transformers with it disagrees with itself between a
-prefill and the same tokens one by one. With weights alone in int8, a replay after a fail-over gives the same tokens, as
-in float32. Without AVX-512 it is also five times as fast as bitsandbytes' multiplication. On CUDA, bitsandbytes' own
-kernels stay: there, unpacking would cost bandwidth.
+The arithmetic is that of LLM.int8() (Dettmers et al., NeurIPS'22) without outlier columns: each row of activations and
+each output's weights are rounded to int8 with one scale (its largest magnitude), multiplied exactly, and scaled back. A
+row's result depends on nothing but the row. For a few rows bitsandbytes spends most of its time between its own calls
+(a custom autograd function, five registered operators, two sets of checks), which is what this leaves out.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
+from bitsandbytes.nn import Linear8bitLt
+
+_INVERSE_OF_127_SQUARED = 6.200124e-05  # as bitsandbytes writes it
+
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-class Int8Linear(nn.Module):
-    """y = x W^T + b, W in int8 with one scale per output."""
-
-    def __init__(self, quantized: Any):
-        """quantized: a freshly loaded `bitsandbytes.nn.Linear8bitLt`; its tensors are shared."""
-        super().__init__()
-        self.in_features: int = quantized.in_features
-        self.out_features: int = quantized.out_features
-        self.bias = quantized.bias
-        self.weight: torch.Tensor
-        self.scale: torch.Tensor
-        self.register_buffer("weight", quantized.weight.data)  # int8 [out_features, in_features]
-        self.register_buffer("scale", quantized.weight.SCB.float() / 127.0)  # float32 [out_features]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in_features] -> [..., out_features], the same dtype."""
-        # Scaled before, not after: in float16 the sums of unscaled products would overflow.
-        weight = self.weight * self.scale.to(x.dtype)[:, None]
-        return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+def _multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int8 [rows, inputs] and [outputs, inputs] -> int32 [rows, outputs], exact: any way gives the same numbers."""
+    if _HAS_AVX512:
+        return torch._int_mm(rows, weight.t())
+    # torch's own product is scalar code there; bitsandbytes knows better.
+    return torch.ops.bitsandbytes.int8_linear_matmul.default(rows, weight)
 
 
-def keep_activations(model: nn.Module) -> None:
-    """Put an Int8Linear in the place of every int8 layer of bitsandbytes."""
-    from bitsandbytes.nn import Linear8bitLt
+class FewStepsInt8Linear(Linear8bitLt):
+    """`Linear8bitLt` without its detours. Gradients take the library's own way."""
 
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear8bitLt):
-                setattr(parent, name, Int8Linear(child))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: [..., in_features] -> [..., out_features], the same dtype."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            return super().forward(input)
+        # bitsandbytes rounds to float16 first, whatever the dtype.
+        rows = input.reshape(-1, self.in_features).to(torch.float16)
+        largest = rows.abs().amax(dim=1, keepdim=True).float()
+        rounded = (rows * (127.0 / largest)).round_().to(torch.int8)
+        product = _multiply(rounded, self.state.CB)
+        output = (product * (largest * self.state.SCB)).mul_(_INVERSE_OF_127_SQUARED)
+        if self.bias is not None:
+            output += self.bias
+        return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
+
+
+def take_fewer_steps(layer: Linear8bitLt) -> None:
+    """Turn an int8 layer into a `FewStepsInt8Linear`; its tensors stay."""
+    if layer.weight.CB is not None:  # it has not run yet
+        layer.init_8bit_state()
+    layer.__class__ = FewStepsInt8Linear

@@ -70,6 +70,8 @@ class KVCache:
         """overcommit: how many times its own size all sessions together may reserve, at least 1."""
         self.page_size = page_size
         self.num_pages = max(1, cache_tokens // page_size)
+        #: A page that belongs to nobody: padding of a batch may write there.
+        self.scratch_page = self.num_pages
         self.overcommit = overcommit
         self.num_evictions = 0
         #: called, on any thread, when pages became free
@@ -248,21 +250,23 @@ class KVCache:
         return pages[-1] - pages[0] == len(pages) - 1 and all(b - a == 1 for a, b in pairwise(pages))
 
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, each [slots, kv_heads, head_dim]; made when the layer's first tokens arrive.
+        """Keys and values of a layer, each [1, kv_heads, slots, head_dim]; made when the layer's first tokens arrive.
 
-        key, value: [tokens, kv_heads, head_dim], examples of what will be stored (models differ by layer).
+        key, value: [1, kv_heads, tokens, head_dim], examples of what will be stored (models differ by layer).
         Raises UsageError if the device has no memory for them.
         """
         keys, values = self._keys[layer], self._values[layer]
         if keys is None or values is None:
-            slots = self.num_pages * self.page_size
+            slots = (self.num_pages + 1) * self.page_size
             try:
                 keys, values = (
-                    torch.empty(slots, *like.shape[1:], device=self._device, dtype=self._dtype) for like in (key, value)
+                    torch.empty(1, like.shape[1], slots, like.shape[3], device=self._device, dtype=self._dtype)
+                    for like in (key, value)
                 )
             except RuntimeError as error:  # torch has no narrower one for the CPU
                 raise UsageError(
-                    f"a KV cache of {slots} tokens does not fit into the memory of {self._device}; lower cache_tokens"
+                    f"a KV cache of {self.num_pages * self.page_size} tokens does not fit into the memory of "
+                    f"{self._device}; lower cache_tokens"
                 ) from error
             self._keys[layer], self._values[layer] = keys, values
         return keys, values

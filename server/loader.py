@@ -1,20 +1,38 @@
-"""The blocks of one span, loaded by transformers itself into the model's own class."""
+"""The blocks of one span, loaded one after the other by transformers itself into the model's own class.
+
+One block at a time, because the library's loader holds all that it was given until it is done: a span that is converted
+or quantised would lie in memory twice. So the peak is the finished span and what one block needs on its way.
+"""
 
 from __future__ import annotations
 
-import torch
+import logging
+from typing import Any
 
-from swarm.architectures import architecture_of, check_span, num_blocks, span_config, span_tensors
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from swarm.architectures import (
+    Architecture,
+    architecture_of,
+    check_span,
+    num_blocks,
+    span_config,
+    span_tensors,
+)
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan
-from swarm.few_rows import speed_up_few_rows
 from swarm.quiet import quiet_loading
 
 from .attention import use_paged_attention
 from .config import Quantization
-from .int8_linear import keep_activations
-from .quantization import quantization_config
+from .heap import freed_at_once
+from .packed_linear import MIN_ROWS, PackedLinear, pack_linear_layers
+from .quantization import finish_layers, quantization_config, tensors_of, unquantized_weights
 from .span import Span
+
+logger = logging.getLogger(__name__)
 
 
 def load_span(
@@ -32,23 +50,102 @@ def load_span(
     config = checkpoint.config
     check_span(span, num_blocks(config), checkpoint.name)
     architecture = architecture_of(config)
-    names = span_tensors(architecture, checkpoint.tensor_names(), span)
-    tensors = checkpoint.read(names)
-    state_dict = {names[name]: tensor for name, tensor in tensors.items()}
     quantized = quantization_config(quantization, dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantized is not None or device.type != "cpu":
+        options["device_map"] = str(device)
+    model = _load_frame(architecture, span_config(config, span), options)
+    if quantized is not None:
+        options["quantization_config"] = quantized
+    blocks = getattr(model, architecture.blocks)
+    packed = False
+    with freed_at_once():
+        for index, number in enumerate(span.blocks()):
+            block = _load_block(checkpoint, architecture, number, options)
+            _move_in(block, index, model.config)
+            if quantized is not None:
+                finish_layers(block, dtype)
+            elif pack_linear_layers(block):
+                packed = True
+                for parameter in block.parameters():  # what is left, norms mostly: let go of the file
+                    parameter.data = parameter.data.clone()
+            blocks.append(block)
+    setattr(model, architecture.norm, nn.Identity())
+    use_paged_attention(model, like_plain=quantized is not None)
+    model.eval().requires_grad_(False)
+    if quantized is not None and (left := unquantized_weights(blocks)):
+        logger.warning(
+            "bitsandbytes quantises linear layers only; these weights stay in %s and take %.1f MB: %s",
+            str(dtype).removeprefix("torch."),
+            sum(left.values()) / 1e6,
+            ", ".join(sorted(left)),
+        )
+    return Span(model, architecture, span, device=device, dtype=dtype, min_tokens=MIN_ROWS if packed else 1)
+
+
+def loaded_bytes(span: Span) -> int:
+    """Bytes of all tensors that the blocks of a span hold, the scales of quantised weights included."""
+    return bytes_held(getattr(span._model, span._architecture.blocks))
+
+
+def bytes_held(module: nn.Module) -> int:
+    """Bytes of all tensors in a module, packed and quantised ones included; each counts once."""
+    packed = sum(layer.nbytes for layer in module.modules() if isinstance(layer, PackedLinear))
+    return packed + sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(module)}.values())
+
+
+def _load_frame(architecture: Architecture, config: PretrainedConfig, options: dict[str, Any]) -> Any:
+    """The base model around the blocks (rotary embeddings and the like), without any block.
+
+    Its configuration tells of all blocks: what is around them depends on which kinds there are.
+    """
+    num_blocks = config.num_hidden_layers
+    config.num_hidden_layers = 0
+    with quiet_loading():
+        model = architecture.base_class.from_pretrained(None, config=config, state_dict={}, **options)
+    model.config.num_hidden_layers = num_blocks
+    return model
+
+
+class _Stored:
+    """A tensor of the checkpoint, read when the library's loader slices it, so that it is forgotten before the next."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, mapped: set[int]):
+        """mapped: told where in memory the file's bytes lie."""
+        self._checkpoint = checkpoint
+        self._name = name
+        self._mapped = mapped
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._checkpoint.read([self._name])[self._name]
+        self._mapped.add(tensor.untyped_storage().data_ptr())
+        return tensor[index]
+
+
+def _load_block(checkpoint: Checkpoint, architecture: Architecture, number: int, options: dict[str, Any]) -> nn.Module:
+    """Block `number` of the model. It holds no view of the file, or nothing but views."""
+    alone = BlockSpan(start=number, end=number + 1)
+    mapped: set[int] = set()
+    names = span_tensors(architecture, checkpoint.tensor_names(), alone)
+    tensors = {new: _Stored(checkpoint, stored, mapped) for stored, new in names.items()}
     with quiet_loading():
         model = architecture.base_class.from_pretrained(
-            None,
-            config=span_config(config, span),
-            state_dict=state_dict,
-            dtype=dtype,
-            device_map=None if quantized is None and device.type == "cpu" else str(device),
-            **({} if quantized is None else {"quantization_config": quantized}),
+            None, config=span_config(checkpoint.config, alone), state_dict=tensors, **options
         )
-    setattr(model, architecture.norm, torch.nn.Identity())
-    use_paged_attention(model)
-    if quantization == "int8" and device.type == "cpu":
-        keep_activations(model)
-    model.eval().requires_grad_(False)
-    speed_up_few_rows(model)
-    return Span(model, architecture, span, device=device, dtype=dtype)
+    block: nn.Module = getattr(model, architecture.blocks)[0]
+    parameters = list(block.parameters())
+    views = [parameter for parameter in parameters if parameter.untyped_storage().data_ptr() in mapped]
+    if len(views) < len(parameters):
+        # A view of a file keeps all of the file in memory that was read through it.
+        for parameter in views:
+            parameter.data = parameter.data.clone()
+    return block
+
+
+def _move_in(block: nn.Module, index: int, config: PretrainedConfig) -> None:
+    """Make the only block of a model block `index` of the model that `config` describes."""
+    for module in block.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = index  # type: ignore[assignment]
+        if hasattr(module, "config"):
+            module.config = config

@@ -8,8 +8,11 @@ import torch
 
 from .config import Quantization
 
-#: Changes when attention.py or few_rows.py computes differently.
-KERNEL_VERSION = "paged2"
+#: Changes when attention.py or packed_linear.py computes differently.
+KERNEL_VERSION = "paged3"
+
+#: Changes when quantised layers compute differently (quantization.py, int8_linear.py).
+QUANTIZED_VERSION = "plain1"
 
 
 def numerics_tag(dtype: torch.dtype, quantization: Quantization, device: torch.device) -> str:
@@ -20,5 +23,5 @@ def numerics_tag(dtype: torch.dtype, quantization: Quantization, device: torch.d
     torch_version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     parts = [str(dtype).removeprefix("torch."), quantization, device.type, f"torch{torch_version}", KERNEL_VERSION]
     if quantization != "none":
-        parts.append(f"bnb{importlib.metadata.version('bitsandbytes')}")
+        parts += [f"bnb{importlib.metadata.version('bitsandbytes')}", QUANTIZED_VERSION]
     return "/".join(parts)

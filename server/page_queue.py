@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from swarm.errors import CacheFull, SessionLost, SwarmError
 
 from .eviction import EvictionLimits, Tenant, share_pages
 from .kv_cache import KVCache, SessionCache
-
-if TYPE_CHECKING:
-    from .engine import StepTask
+from .tasks import StepTask
 
 
 class PageQueue:

@@ -16,17 +16,21 @@ from swarm.dht import Directory
 from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
 from swarm.routing.placement import choose_span
-from swarm.tensors import DTYPES
 
 from .announcer import Announcer
-from .config import ServerConfig
-from .engine import Engine
+from .config import Quantization, ServerConfig
+from .engine import Engine, Load
 from .eviction import EvictionLimits
 from .handler import Handler
 from .kv_cache import KVCache
+from .memory import usable_memory
 from .numerics import numerics_tag
+from .precision import choose_dtype, choose_quantization, has_native_bfloat16
 from .sessions import SessionTable
-from .throughput import measure_throughput
+from .sizing import Plan, block_size, plan
+from .span import Span
+from .speed_store import Speed, SpeedKey
+from .throughput import known_or_measured_speed
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ class Server:
         self.config = config
         self._report = report
         self._state = ServerState.JOINING
-        self._throughput = 0.0
+        self._speed: Speed | None = None
         self._stop = asyncio.Event()
         self._engine_died = asyncio.Event()
         self.node: Node
@@ -86,21 +90,24 @@ class Server:
 
     async def _start_on(self, checkpoint: Checkpoint, fingerprint: str, device: torch.device) -> str:
         config = self.config
-        dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+        dtype = choose_dtype(config.dtype, checkpoint.dtype, has_native_bfloat16(device))
+        quantization = choose_quantization(config.quantization, device)
         self.model = ModelInfo(
             name=checkpoint.name[:128], fingerprint=fingerprint, num_blocks=num_blocks(checkpoint.config)
         )
-        self._numerics = numerics_tag(dtype, config.quantization, device)
-        self.span = config.blocks or await self._choose_span()
-        check_span(self.span, self.model.num_blocks, checkpoint.name)
+        self._numerics = numerics_tag(dtype, quantization, device)
+        if config.blocks is not None:
+            check_span(config.blocks, self.model.num_blocks, checkpoint.name)
+        sizes = await asyncio.to_thread(self._plan, checkpoint, dtype, quantization, device)
+        self.span = config.blocks or await self._choose_span(sizes.num_blocks)
         self._cache = KVCache(
-            len(self.span), config.cache_tokens, config.page_size, device, dtype, overcommit=config.cache_overcommit
+            len(self.span), sizes.cache_tokens, config.page_size, device, dtype, overcommit=config.cache_overcommit
         )
-        self._announcer = Announcer(self.node, self.model, self._info_with, config.announce_period)
+        self._announcer = Announcer(self.node, self.model, self._info, config.announce_period)
         await self._announcer.announce()
 
         self._report(f"loading blocks {self.span} of {checkpoint.name}")
-        span, self._throughput = await asyncio.to_thread(self._load, checkpoint, dtype, device)
+        span, self._speed = await asyncio.to_thread(self._load, checkpoint, dtype, quantization, device)
         loop = asyncio.get_running_loop()
         self._engine = Engine(
             span,
@@ -111,6 +118,7 @@ class Server:
             limits=EvictionLimits(
                 config.idle_protection, config.turn_time, config.replay_share, config.page_wait_limit
             ),
+            max_stall=config.max_stall,
         )
         self._engine.start()
         sessions = SessionTable(self._cache, on_change=self._announcer.touch)
@@ -118,7 +126,7 @@ class Server:
             self._engine,
             sessions,
             fingerprint=fingerprint,
-            info=lambda: self._info_with({}),
+            info=self._info,
             idle_limit=config.session_idle_limit,
             step_timeout=config.step_timeout,
         )
@@ -127,34 +135,65 @@ class Server:
         await self._announcer.start()
         return await self.node.ready_address()
 
-    def _load(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
+    def _load(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
+    ) -> tuple[Span, Speed]:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         from .loader import load_span
 
-        span = load_span(checkpoint, self.span, dtype=dtype, quantization=self.config.quantization, device=device)
-        return span, measure_throughput(span, self._cache)
+        span = load_span(checkpoint, self.span, dtype=dtype, quantization=quantization, device=device)
+        key = SpeedKey.here(self.model.fingerprint, self._numerics, len(self.span), device)
+        return span, known_or_measured_speed(span, self._cache, key)
 
-    async def _choose_span(self) -> BlockSpan:
+    def _plan(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
+    ) -> Plan:
+        """How many blocks to serve, those asked for or what the memory holds, and the cache. Raises UsageError."""
+        config, whole = self.config, self.model.num_blocks
+        asked = config.num_blocks if config.blocks is None else len(config.blocks)
+        if asked is not None and asked > whole:
+            raise UsageError(f"--num-blocks {asked} is more than the model's {whole} blocks; choose fewer")
+        size = block_size(
+            checkpoint.config,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+            max_batch_tokens=config.max_batch_tokens,
+        )
+        kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
+        return plan(
+            usable_memory(device, config.max_memory),
+            size,
+            f"{checkpoint.name} in {kind}",
+            fewest=asked or 1,
+            most=asked or whole,
+            cache_tokens=config.cache_tokens,
+        )
+
+    async def _choose_span(self, num_wanted: int) -> BlockSpan:
         """Without --blocks: the part of the model that the swarm holds worst."""
-        wanted = self.config.num_blocks or self.model.num_blocks
-        if wanted > self.model.num_blocks:
-            raise UsageError(
-                f"--num-blocks {wanted} is more than the model's {self.model.num_blocks} blocks; choose fewer"
-            )
         records = await Directory(self.node).servers(self.model.fingerprint)
-        return choose_span(self.model.num_blocks, wanted, records)
+        return choose_span(self.model.num_blocks, num_wanted, records)
 
-    def _info_with(self, next_pings: dict[str, float]) -> ServerInfo:
+    def _info(self) -> ServerInfo:
+        """What this server announces, as it is now."""
+        speed, announcer = self._speed, self._announcer
+        load = Load(0, 0) if self._engine is None else self._engine.load
         return ServerInfo(
             state=self._state,
             span=self.span,
-            throughput=self._throughput,
+            throughput=0.0 if speed is None else speed.throughput,
+            decode_times=() if speed is None else speed.decode_times,
+            forward_rate=None if speed is None else speed.forward_rate,
+            network_rate=None if announcer is None else announcer.network_rate,
+            running_rows=load.running_rows,
+            waiting_rows=load.waiting_rows,
             numerics=self._numerics,
             cache_tokens_left=self._cache.tokens_left,
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
-            next_pings=next_pings,
+            next_pings={} if announcer is None else announcer.next_pings,
         )
 
     def stop(self) -> None:

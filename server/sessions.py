@@ -8,8 +8,8 @@ from swarm.data_structures import BlockSpan
 from swarm.errors import NotSupported, PeerRefused, ProtocolError, SessionLost, SessionTooLong
 from swarm.protocol import OpenSession, RowSlice, StepRequest, WorkKind
 
-from .engine import RowWork
 from .kv_cache import KVCache, RowCache
+from .tasks import RowWork
 
 
 class Session:

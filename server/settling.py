@@ -2,7 +2,8 @@
 
 Sessions that decode together leave the device together, and their next tokens arrive a few tenths of a millisecond
 apart. A device that starts at once with the first of them splits them into two groups that wait for each other for
-ever. So it may wait, `MAX_WAIT` at most, for rows of its last batch whose owners have been quick so far.
+ever. So it may wait, `MAX_WAIT` at most, for rows of its last batch whose owners have been quick so far. Where only a
+chunk of a prompt would run meanwhile it has more patience, see pace.py.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ class Settling:
                 del known[row]
         self._last_batch = {row for row in self._last_batch if not is_gone(row)}
 
-    def wait_until(self, ready_since: float) -> float:
+    def wait_until(self, ready_since: float, patience: float = 0.0) -> float:
         """When to start with what is ready since `ready_since`; then at once, if nobody is expected within `max_wait`.
 
-        A row that never came back before may do so at any moment: it is waited for once.
+        patience: wait up to so long if that brings all rows of the last batch together, but not for only some of them.
+        A row that never came back before may do so at any moment: it is waited for once, for `max_wait`.
         """
-        deadline = ready_since + self._max_wait
+        soon = ready_since + self._max_wait
         coming = [ready_since]
         for row in self._last_batch:
             usual = self._usual.get(row)
-            expected = deadline if usual is None else self._left_at[row] + _PATIENCE * usual
-            if expected <= deadline:
-                coming.append(expected)
-        return max(coming)
+            coming.append(soon if usual is None else self._left_at[row] + _PATIENCE * usual)
+        last = max(coming)
+        return last if last <= ready_since + patience else max(at for at in coming if at <= soon)

@@ -16,6 +16,7 @@ from swarm.architectures import Architecture, span_config
 from swarm.data_structures import BlockSpan
 
 from .batch import FlatBatch, RowChunk
+from .decode_batch import DecodeBatch
 from .kv_cache import KVCache
 
 
@@ -30,10 +31,13 @@ class Span:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        min_tokens: int = 1,
     ):
+        """min_tokens: smaller batches are padded to this size, because the linear layers are not faster with less."""
         self.blocks = blocks
         self.device = device
         self.dtype = dtype
+        self.min_tokens = min_tokens
         self.hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[operator,union-attr]
         self._model = model
         self._architecture = architecture
@@ -68,11 +72,24 @@ class Span:
     def _run_segment(
         self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache, start: int, end: int
     ) -> torch.Tensor:
-        batch = FlatBatch(chunks, cache, self.device)
+        if self.device.type == "cuda" and all(chunk.num_tokens == 1 for chunk in chunks):
+            return self.decode(hidden, DecodeBatch.of(chunks, cache, self.device), start, end)
+        batch = FlatBatch(chunks, cache, self.device, self.min_tokens)
+        if batch.padding:  # with copies, which choose the same experts as the last token where a model has some
+            hidden = torch.cat([hidden, hidden[-1:].expand(batch.padding, -1)])
+        return self._run(hidden, batch, start, end)[: batch.num_tokens]
+
+    @torch.inference_mode()
+    def decode(self, hidden: torch.Tensor, batch: DecodeBatch, start: int, end: int) -> torch.Tensor:
+        """One new token for each row of a located batch; [rows, hidden_size] -> the same shape."""
+        return self._run(hidden, batch, start, end)
+
+    def _run(self, hidden: torch.Tensor, batch: FlatBatch | DecodeBatch, start: int, end: int) -> torch.Tensor:
         output = self._slice(start, end)(
             inputs_embeds=hidden[None], position_ids=batch.position_ids, use_cache=False, flat_batch=batch
         )
-        return output.last_hidden_state[0]
+        hidden_states: torch.Tensor = output.last_hidden_state[0]
+        return hidden_states
 
     def _slice(self, start: int, end: int) -> nn.Module:
         """The model with only blocks [start, end) of the span; shares all weights."""

@@ -121,6 +121,15 @@ def num_blocks(config: PretrainedConfig) -> int:
     return int(config.num_hidden_layers)
 
 
+def one_block_of_each_kind(config: PretrainedConfig) -> list[int]:
+    """The first block of every kind, where the configuration lists what differs from block to block; else block 0."""
+    lists = [values for name in _PER_BLOCK_LISTS if (values := getattr(config, name, None)) is not None]
+    first: dict[tuple[object, ...], int] = {}
+    for block in range(num_blocks(config)):
+        first.setdefault(tuple(values[block] for values in lists), block)
+    return list(first.values())
+
+
 def span_tensors(architecture: Architecture, names: Iterable[str], span: BlockSpan) -> dict[str, str]:
     """{name in the checkpoint: name in a base model that holds only the blocks of `span`}.
 

@@ -76,6 +76,12 @@ class ServerState(StrEnum):
 #: How a server computes: equal tags give equal tokens after a fail-over (in float32).
 NumericsTag = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\x21-\x7e]+$")]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+#: Rows of the decode steps whose times servers announce.
+DECODE_ROWS = (1, 4, 16)
+DecodeTimes = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)], ...], Field(max_length=len(DECODE_ROWS))
+]
+Rate = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 PeerName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9]+$")]
 
 
@@ -88,6 +94,11 @@ class ServerInfo(Frozen):
     """What one server announces about itself under the prefix of its model.
 
     throughput: tokens/s of single-row decoding through the whole span, measured at start.
+    decode_times: seconds of a decode step through the whole span with 1, 4 and 16 rows (`DECODE_ROWS`); shorter where
+        not all were measured.
+    forward_rate: tokens/s of a prompt through the whole span. network_rate: bytes/s from this server to others of the
+        swarm. None: not measured.
+    running_rows, waiting_rows: rows that the device works on now, and rows whose next tokens wait for it.
     cache_tokens_left: how many tokens of new sessions it can still admit.
     next_pings: seconds of round trip to servers that hold the block after this span, by peer id.
     """
@@ -97,6 +108,11 @@ class ServerInfo(Frozen):
     span: BlockSpan
     throughput: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
     numerics: NumericsTag
+    decode_times: DecodeTimes = ()
+    forward_rate: Rate | None = None
+    network_rate: Rate | None = None
+    running_rows: Annotated[int, Field(ge=0, le=2**31)] = 0
+    waiting_rows: Annotated[int, Field(ge=0, le=2**31)] = 0
     cache_tokens_left: Annotated[int, Field(ge=0, le=2**40)]
     public_name: Annotated[str, Field(max_length=64)] = ""
     software: Annotated[str, Field(max_length=32)] = ""

@@ -9,23 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from .cache_folder import cache_folder, replace_file
 
 logger = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-def cache_folder() -> Path:
-    """Where Petswarm keeps what it can make again: $PETSWARM_CACHE, $XDG_CACHE_HOME/petswarm or ~/.cache/petswarm."""
-    if chosen := os.environ.get("PETSWARM_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "petswarm"
 
 
 def combine(digests: Iterable[str]) -> str:
@@ -73,15 +65,7 @@ def remember(digests: Mapping[str, str], stamp: str) -> None:
         return
     path = _cache_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            try:
-                json.dump(entries, file, indent=0, sort_keys=True)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        replace_file(path, json.dumps(entries, indent=0, sort_keys=True))
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error)
 

@@ -29,6 +29,9 @@ MAX_PAYLOAD_BYTES = 16 * 2**20
 #: Largest message without its tensor: enough for 1,024 rows.
 MAX_HEADER_BYTES = 64 * 2**10
 
+#: Most bytes that a peer may send to measure the way here.
+MAX_UPLOAD_BYTES = 2**20
+
 MAX_ROWS = 1024
 MAX_POSITION = 2**24
 
@@ -167,5 +170,12 @@ class BlockProtocol(ServicerBase):
         """The server's present `ServerInfo` as JSON. Also serves as a ping.
 
         request.uid: the fingerprint of the model that the caller means, or empty for whatever is served.
+        """
+        raise NotImplementedError
+
+    async def rpc_upload(self, request: runtime_pb2.ExpertInfo, context: P2PContext) -> runtime_pb2.ExpertUID:
+        """Takes bytes and answers how many they were, so that a server can measure its way to others of its swarm.
+
+        request.serialized_info: at most MAX_UPLOAD_BYTES of anything. The answer is a few digits, whatever was sent.
         """
         raise NotImplementedError

@@ -25,6 +25,7 @@ from .protocol import (
     INFERENCE_STREAM,
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
+    MAX_UPLOAD_BYTES,
     BlockProtocol,
     Message,
     explain,
@@ -35,6 +36,9 @@ from .protocol import (
 _LENGTHS = struct.Struct(">II")
 #: A payload up to this many bytes is copied behind its header: one system call costs more than the copy.
 _ONE_WRITE = 64 * 2**10
+#: What a measurement of the network sends first; the whole only over a link that takes this much in so many seconds.
+_SMALL_UPLOAD_BYTES = 64 * 2**10
+_QUICK_UPLOAD = 0.25
 
 
 class FrameStream:
@@ -139,3 +143,23 @@ async def ping(p2p: P2P, peer_id: str, timeout: float) -> float:
     started = time.perf_counter()
     await server_info(p2p, peer_id, timeout)
     return time.perf_counter() - started
+
+
+async def upload_rate(p2p: P2P, peer_id: str, timeout: float) -> float:
+    """Bytes/s to a server, measured with 64 KiB, and with 1 MiB over a link that is not slow. Raises PeerError.
+
+    timeout: seconds for each of the four calls.
+    """
+    await ping(p2p, peer_id, timeout)  # connects, which takes longer than a round trip
+    round_trip = await ping(p2p, peer_id, timeout)
+    stub = BlockProtocol.get_stub(p2p, PeerID.from_base58(peer_id))
+    for size in (_SMALL_UPLOAD_BYTES, MAX_UPLOAD_BYTES):
+        request = runtime_pb2.ExpertInfo(serialized_info=bytes(size))
+        started = time.perf_counter()
+        with _translated(peer_id, "take an upload", timeout):
+            await stub.rpc_upload(request, timeout=timeout)
+        elapsed = time.perf_counter() - started
+        if elapsed > _QUICK_UPLOAD:
+            break
+    # A busy peer may answer a question later than it takes an upload.
+    return size / max(elapsed - round_trip, elapsed / 2)

@@ -41,7 +41,7 @@ def plain(tiny_llama_folder):
 
 @pytest.fixture(scope="module")
 def tiny_swarm(tiny_llama_folder):
-    with LocalSwarm(tiny_llama_folder, list(SERVERS.values()), flags=["--threads", "1"]) as swarm:
+    with LocalSwarm(tiny_llama_folder, list(SERVERS.values()), flags=["--threads", "1", "--dtype", "float32"]) as swarm:
         yield swarm
 
 
@@ -253,7 +253,9 @@ def test_a_client_that_generates_never_imports_the_server(tiny_swarm, tiny_llama
 
 @pytest.fixture(scope="module")
 def real_swarm(smollm2_folder):
-    with LocalSwarm(smollm2_folder, ["0:10", "10:20", "20:30"], flags=["--threads", "1"]) as swarm:
+    with LocalSwarm(
+        smollm2_folder, ["0:10", "10:20", "20:30"], flags=["--threads", "1", "--dtype", "float32"]
+    ) as swarm:
         yield swarm
 
 

@@ -39,7 +39,9 @@ def plain(tiny_llama_folder):
 
 @pytest.fixture(scope="module")
 def whole_swarm(tiny_llama_folder):
-    with LocalSwarm(tiny_llama_folder, LAYOUT, flags=["--threads", "1", "--announce-period", "4"]) as swarm:
+    with LocalSwarm(
+        tiny_llama_folder, LAYOUT, flags=["--threads", "1", "--dtype", "float32", "--announce-period", "4"]
+    ) as swarm:
         yield swarm
 
 

@@ -71,7 +71,9 @@ def tiny_chat_folder(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathF
 def tiny_swarm(tiny_chat_folder: Path) -> Iterator[LocalSwarm]:
     """Blocks 0:4 and 4:8 of `tiny_chat_folder`, each on a server of its own."""
     evil = ("--public-name", "[red]evil[/red]")
-    with LocalSwarm(tiny_chat_folder, [ServerSpec("0:4", evil), "4:8"], flags=["--threads", "1"]) as swarm:
+    with LocalSwarm(
+        tiny_chat_folder, [ServerSpec("0:4", evil), "4:8"], flags=["--threads", "1", "--dtype", "float32"]
+    ) as swarm:
         yield swarm
 
 

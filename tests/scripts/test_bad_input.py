@@ -69,7 +69,7 @@ def other_weights(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def incomplete_swarm(other_weights: Path) -> Iterator[LocalSwarm]:
     """Blocks 0:3 and 5:8 of `other_weights` would be needed beside what its only server holds: 3:5."""
-    with LocalSwarm(other_weights, ["3:5"], flags=["--threads", "1"]) as swarm:
+    with LocalSwarm(other_weights, ["3:5"], flags=["--threads", "1", "--dtype", "float32"]) as swarm:
         yield swarm
 
 
@@ -122,6 +122,16 @@ def test_a_folder_without_safetensors(
         (["--device", "meta"], ["'meta'", "cpu, cuda or cuda:N"]),
         (["--identity-path", "/dev/null/identity"], ["/dev/null/identity", "cannot be made"]),
         (["--cache-tokens", "9999999999999"], ["cache_tokens"]),
+        (["--max-memory", "8 apples"], ["max_memory", "'8 apples'", "8GB or 512MiB"]),
+        (["--max-memory", "0GB"], ["max_memory", "more than nothing"]),
+        (
+            ["--max-memory", "1MB", "--dtype", "float32"],
+            ["one block of tiny-chat in float32 takes 148.0KB", "but 1.0MB of memory are available"],
+        ),
+        (
+            ["--max-memory", "5MB", "--blocks", "1:3", "--cache-tokens", "9999"],
+            ["2 blocks of tiny-chat in float32 take 295.9KB", "a cache of 9999 tokens"],
+        ),
         (["--port", "31330"], ["--port and --host-maddrs exclude each other"]),
         (["--initial-peers", f"/ip4/127.0.0.1/tcp/1/p2p/{PEER_ID}"], ["--new-swarm and --initial-peers exclude"]),
     ],
@@ -137,7 +147,7 @@ def test_flags_of_a_server(
 
 def test_a_cache_that_does_not_fit_into_memory() -> None:
     cache = KVCache(1, 2**44, 2**44, torch.device("cpu"), torch.float32)
-    token = torch.zeros(1, 2, 16)
+    token = torch.zeros(1, 2, 1, 16)
     with pytest.raises(UsageError, match="a KV cache of 17592186044416 tokens does not fit into the memory of cpu"):
         cache.storage(0, token, token)
 

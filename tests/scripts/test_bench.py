@@ -13,6 +13,7 @@ from swarm.errors import SwarmError
 from swarm.scripts import main as front_door
 from swarm.scripts.bench_decode import even_spans, summarize
 from swarm.scripts.bench_generation import Generation, check_tokens
+from swarm.scripts.bench_prefill import WARM_UP_GAPS, split_gaps
 from swarm.scripts.bench_processes import ChildProcess, peak_memory
 from swarm.scripts.bench_report import Report
 
@@ -86,6 +87,60 @@ def test_overcommit(tiny_llama_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_prefill(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prefill.json"
+    arguments = ["--model", str(tiny_llama_folder), "--sessions", "2", "--runs", "2"]
+    assert run("prefill", *arguments, "--long-prompt-tokens", "1500", "--json", str(file)) == 0
+    results, found = read(file, "prefill", runs=2)
+    assert min(results[f"{where}: 512 tokens"]["median"] for where in ("local", "1 server")) > 0
+    for name in ("chunked", "unchunked"):
+        alone = results[f"{name}: first token, alone"]["median"]
+        for kind in ("echo", "clients"):
+            largest = results[f"{name}, {kind}: largest gap with the prompt"]["median"]
+            stall = largest / results[f"{name}, {kind}: usual gap"]["median"]
+            assert found["ratios"][f"{name}, {kind}: largest gap / usual"] == pytest.approx(stall)
+            beside = results[f"{name}: first token, beside {kind}"]["median"]
+            assert found["ratios"][f"{name}, {kind}: first token beside / alone"] == pytest.approx(beside / alone)
+    assert found["ratios"]["1 server / local"] > 0
+
+
+def test_gaps_are_split_where_the_prompt_came() -> None:
+    warm_up = [-10.0 - WARM_UP_GAPS + index for index in range(WARM_UP_GAPS)]
+    stamps = [[*warm_up, 0.0, 1.0, 2.0, 5.0, 6.0, 7.0], [*warm_up, 0.5, 9.0]]
+    before, beside = split_gaps(stamps, start=2.5, end=5.5)
+    assert before == [1.0, 1.0]
+    assert beside == [3.0, 1.0, 8.5]
+
+
+def test_quantization(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    file, text = tmp_path / "quantization.json", tmp_path / "text"
+    text.write_text(" ".join(f"w{4 + number * 7 % 250}" for number in range(60)))
+    arguments = ["--model", str(tiny_chat_folder), "--text", str(text), "--tokens", "50", "--runs", "2"]
+    assert run("quantization", *arguments, "--prompt-tokens", "8", "--steps", "2", "--json", str(file)) == 0
+    results, found = read(file, "quantization", runs=2)
+    # of one block: see test_memory; norms are in no linear layer
+    linear, norms = 3 * 64 * 64 + 3 * 128 * 64, 128
+    for name, size in {"float32": 4 * (linear + norms), "bfloat16": 2 * (linear + norms)}.items():
+        assert results[f"{name}: bytes per block"]["median"] == pytest.approx(size / 1e6)
+    scales = 4 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    assert results["int8: bytes per block"]["median"] == pytest.approx((linear + scales + 4 * norms) / 1e6)
+    assert 4.25 / 8 <= results["nf4: bytes per block"]["median"] * 1e6 / linear <= 5.5 / 8
+    agreement = {name: results[f"{name}: agreement with float32"]["median"] for name in ("float32", "int8", "nf4")}
+    assert agreement["float32"] == 1.0 > agreement["int8"] > agreement["nf4"] > 0.05  # by chance: 0.004
+    for name in ("plain transformers", "float32", "bfloat16", "float16", "int8", "nf4"):
+        assert results[f"{name}: decode step"]["median"] > 0
+        assert results[f"{name}: prefill"]["median"] > 0
+    assert "int8 / plain transformers: decode" in found["ratios"]
+
+
+def test_a_text_that_is_too_short(tiny_chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text("w4 w5")
+    assert run("quantization", "--model", str(tiny_chat_folder), "--text", str(text)) == 2
+    assert "the text has 2 tokens of the 2000 that are wanted" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     arguments = ["--model", str(tiny_llama_folder), "--servers", "1", "--runs", "1", "--new-tokens", "3"]
@@ -117,7 +172,7 @@ def test_startup(tiny_llama_folder: Path, tmp_path: Path) -> None:
     assert results["swarm --help"]["median"] < results["one server to READY"]["median"]
 
 
-@pytest.mark.parametrize("name", ["decode", "memory", "startup"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "memory", "startup"])
 def test_a_bad_file_is_an_error_before_anything_is_measured(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

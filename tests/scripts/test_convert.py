@@ -260,23 +260,6 @@ def test_the_absent_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("variables", "folder"),
-    [
-        ({"PETSWARM_CACHE": "/a"}, "/a"),
-        ({"PETSWARM_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/petswarm"),
-        ({"HOME": "/c"}, "/c/.cache/petswarm"),
-    ],
-)
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], folder: str) -> None:
-    for name in ("PETSWARM_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert models.cache_folder() == Path(folder)
-
-
 def test_the_real_model_answers(smollm2_folder: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_folder)
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2_folder)

@@ -22,7 +22,9 @@ from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm
 MODEL = ModelInfo(name="llama", fingerprint="ab" * 32, num_blocks=8)
 
 
-def record(peer_id: str, start: int, end: int, state: ServerState = ServerState.ONLINE, name: str = "") -> ServerRecord:
+def record(
+    peer_id: str, start: int, end: int, state: ServerState = ServerState.ONLINE, name: str = "", **measured: Any
+) -> ServerRecord:
     info = ServerInfo(
         state=state,
         span=BlockSpan(start=start, end=end),
@@ -30,6 +32,7 @@ def record(peer_id: str, start: int, end: int, state: ServerState = ServerState.
         numerics="float32",
         cache_tokens_left=1000,
         public_name=name,
+        **measured,
     )
     return ServerRecord(peer_id, info, expires=1e10)
 
@@ -90,16 +93,16 @@ def test_what_strangers_wrote_is_text_and_not_markup() -> None:
 
 def test_the_table_of_a_model() -> None:
     replicas = [record(f"Qm{index}", 0, 2) for index in range(10)]
-    text = table_of(
-        health_of(*replicas, record("QmSilent", 2, 4), record("QmB", 4, 8, name="alice"), silent="QmSilent")
-    )
+    measured = {"forward_rate": 456.7, "network_rate": 1.25e7, "running_rows": 3, "waiting_rows": 2}
+    alice = record("QmB", 4, 8, name="alice", **measured)
+    text = table_of(health_of(*replicas, record("QmSilent", 2, 4), alice, silent="QmSilent"))
     headline, bar, *table = text.splitlines()
     assert headline == f"llama  fingerprint {'ab' * 6}, 8 blocks, incomplete"
     assert bar.strip() == "replicas of each block: ++001111"
     (silent,) = [line.split() for line in table if "QmSilent" in line]
-    assert silent == ["-", "...QmSilent", "2:4", "online", "12.5", "float32", "1000", "-"]
-    (alice,) = [line.split() for line in table if "alice" in line]
-    assert alice == ["alice", "...QmB", "4:8", "online", "12.5", "float32", "1000", "10.0", "ms"]
+    assert " ".join(silent) == "- ...QmSilent 2:4 online 12.5 - - float32 0 + 0 1000 -"
+    (row,) = [line.split() for line in table if "alice" in line]
+    assert " ".join(row) == "alice ...QmB 4:8 online 12.5 457 12.5 MB/s float32 3 + 2 1000 10.0 ms"
 
 
 def test_a_complete_swarm(run_swarm: Callable[..., Any], tiny_swarm: LocalSwarm, tiny_chat_folder: Path) -> None:
@@ -118,6 +121,8 @@ def test_a_complete_swarm(run_swarm: Callable[..., Any], tiny_swarm: LocalSwarm,
     for server in servers:
         assert server["state"] == "online" and server["numerics"].startswith("float32/none/cpu")
         assert server["cache_tokens_left"] > 0 and server["throughput"] > 0 and 0 < server["round_trip"] < 5
+        assert list(server["decode_times"]) == ["1", "4", "16"] and server["forward_rate"] > 0
+        assert (server["running_rows"], server["waiting_rows"]) == (0, 0)
 
     done = run_swarm("health", "--initial-peers", tiny_swarm.initial_peers[0], "--once", "--model", fingerprint[:8])
     assert done.code == 0 and done.err == ""

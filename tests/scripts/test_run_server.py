@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from swarm import AutoSwarmModelForCausalLM
 from swarm.checkpoint import open_checkpoint
+from swarm.data_structures import ServerInfo
 from swarm.dht import Directory
 from swarm.node import Node, NodeConfig, NodeThread
+from swarm.records import write_record
+from swarm.rpc import server_info
 from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm
 
 BIN = Path(sys.executable).parent
@@ -161,6 +165,47 @@ def test_a_dead_p2pd_ends_the_server(servers: dict[str, PeerProcess]) -> None:
     assert not any("Traceback" in line for line in server.errors)
 
 
+def test_servers_take_the_blocks_that_their_memory_holds_where_they_are_needed(
+    start_peer: Callable[..., PeerProcess], tiny_chat_folder: Path
+) -> None:
+    """A block takes 147,968 bytes, its cache 256 a token, the activations of a batch 4,194,304: three blocks fit."""
+    three = ("--max-memory", str(4_194_304 + 3 * (147_968 + 256 * 64) + 100), "--cache-tokens", "64")
+    common = (tiny_chat_folder, "--host-maddrs", LOOPBACK, "--threads", "1", "--announce-period", "0.5")
+    node = NodeThread.start(NodeConfig(host_maddrs=(LOOPBACK,)))
+    try:
+        peer = node.run(node.node.ready_address())
+
+        def start(*flags: str) -> PeerProcess:
+            return start_peer("run-server", "--initial-peers", peer, *common, *flags)
+
+        def ready(server: PeerProcess) -> str:
+            server.wait_until_ready()
+            return server.peer_id
+
+        def info_of(peer_id: str) -> ServerInfo:
+            return node.run(server_info(node.node.p2p, peer_id, PATIENCE))
+
+        server_of_all = start()  # in the meantime
+        first = ready(start(*three))
+        second = ready(start(*three))
+        whole = ready(server_of_all)
+        assert [str(info_of(peer_id).span) for peer_id in (first, second, whole)] == ["0:3", "3:6", "0:8"]
+        assert info_of(first).cache_tokens_left == 64
+        assert info_of(whole).cache_tokens_left == 2**18  # plenty of memory, so the largest cache
+        deadline = time.monotonic() + PATIENCE
+        for peer_id in (first, second, whole):  # the first one was alone when it looked around for the first time
+            while info_of(peer_id).network_rate is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            info = info_of(peer_id)
+            assert info.network_rate is not None and 1e5 < info.network_rate < 1e11
+            assert len(info.decode_times) == 3 and info.throughput == 1 / info.decode_times[0]
+        records = node.run(Directory(node.node).servers(open_checkpoint(str(tiny_chat_folder)).fingerprint()))
+        assert {record.peer_id for record in records} == {first, second, whole}
+        assert all(len(write_record(record.info)) < 600 for record in records)
+    finally:
+        node.stop()
+
+
 class SigtermAt(BaseStreamer):
     """Ends a server of the session after some tokens, and lets generation go on once that server drains."""
 
@@ -189,7 +234,9 @@ def test_sigterm_moves_a_running_generation(
             draining.set()
 
     prompt = [17, 99, 4]
-    swarm = LocalSwarm(tiny_llama_folder, ["0:8", "0:8"], flags=["--threads", "1"], on_progress=on_progress)
+    swarm = LocalSwarm(
+        tiny_llama_folder, ["0:8", "0:8"], flags=["--threads", "1", "--dtype", "float32"], on_progress=on_progress
+    )
     with swarm:
         model = AutoSwarmModelForCausalLM.from_pretrained(tiny_llama_folder, initial_peers=swarm.initial_peers)
         try:
@@ -213,8 +260,8 @@ def test_a_second_terminal_joins_by_the_address_of_the_first(
     bootstrap = start_peer("swarm", "run-bootstrap")
     bootstrap.wait_until_ready()
     servers = [
-        start_peer("run-server", tiny_chat_folder, "--initial-peers", bootstrap.address, "--blocks", blocks)
-        for blocks in ("0:4", "4:8")
+        start_peer("run-server", tiny_chat_folder, "--initial-peers", bootstrap.address, *flags)
+        for flags in (("--blocks", blocks, "--dtype", "float32") for blocks in ("0:4", "4:8"))
     ]
     for server in servers:
         server.wait_until_ready()

@@ -14,6 +14,9 @@ from swarm.architectures import TESTED, architecture_of
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan
 from swarm.errors import NotSupported
+from swarm.server.batch import RowChunk
+from swarm.server.decode_batch import DecodeBatch
+from swarm.server.kv_cache import KVCache
 from swarm.server.loader import load_span
 
 NUM_BLOCKS = 7
@@ -98,6 +101,49 @@ def test_sessions_in_one_batch_have_the_hidden_states_of_plain_transformers(
             replay.run((middle, 1), (long, 1))
         replay.run((long, 6))
         assert replay.cache.is_contiguous(long.row) is not scattered
+
+
+@pytest.mark.parametrize("model_type", sorted(TESTED))
+def test_a_decoding_batch_of_fixed_shape_gives_the_same(
+    model_type: str,
+    tmp_path: Path,
+    hidden_at_boundaries: Callable[..., list[torch.Tensor]],
+    make_replay: Callable[..., Any],
+) -> None:
+    """What a GPU runs: contexts gathered through page tables, beside rows that are not in use, over stale contents."""
+    model, checkpoint = saved_model(tiny_config(model_type), tmp_path)
+    references = [hidden_at_boundaries(model, ids) for ids in prompts(17, 9)]
+    for span in spans_of(checkpoint):
+        replay = make_replay(span, cache_tokens=256)
+        replay.scatter_free_pages()
+        sessions = [replay.open(reference) for reference in references]
+        replay.run((sessions[0], 12), (sessions[1], 4))
+        batch = DecodeBatch(3, 6, replay.cache, span.device)
+        _spoil_unused_slots(replay.cache, sessions)
+        for _ in range(4):
+            inputs, wanted, chunks = [torch.zeros(1, 32)], [], []
+            for session in sessions:
+                row, position = session.row, session.row.length
+                assert replay.cache.grow(row, position + 1)
+                chunks.append(RowChunk(row, position, 1, *span.local(span.blocks)))
+                inputs.insert(-1, session.boundaries[span.blocks.start][position : position + 1])
+                wanted.append(session.boundaries[span.blocks.end][position])
+                row.length += 1
+            batch.fill(chunks)
+            batch.locate()
+            output = span.decode(torch.cat(inputs), batch, 0, len(span.blocks))
+            error = (output[:2] - torch.stack(wanted)).abs().max() / torch.stack(wanted).abs().max()
+            assert error <= 1e-5
+
+
+@torch.inference_mode()
+def _spoil_unused_slots(cache: KVCache, sessions: list[Any]) -> None:
+    used = torch.cat([cache.slots(session.row, 0, session.row.length) for session in sessions])
+    stale = torch.ones((cache.num_pages + 1) * cache.page_size, dtype=torch.bool)
+    stale[used] = False
+    stale[cache.num_pages * cache.page_size :] = False  # padding writes there, and reads back only that
+    for stored in (*cache._keys, *cache._values):
+        stored[:, :, stale] = float("nan")
 
 
 @pytest.mark.parametrize("model_type", sorted(WINDOWED | SOFTCAPPED))

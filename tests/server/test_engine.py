@@ -14,11 +14,15 @@ import torch
 
 from swarm.data_structures import BlockSpan
 from swarm.errors import EngineError, SessionTooLong
+from swarm.protocol import WorkKind
 from swarm.server.batch import RowChunk
-from swarm.server.engine import Engine, RowWork, StepOutput, StepTask
+from swarm.server.engine import Engine, Load
 from swarm.server.kv_cache import KVCache
+from swarm.server.pace import SAFETY, Pace
+from swarm.server.scheduler import TRAINING_PATIENCE
 from swarm.server.settling import Settling
 from swarm.server.span import Span
+from swarm.server.tasks import RowWork, StepOutput, StepTask
 
 LIMIT = 60.0  # seconds for what takes milliseconds on an idle machine
 HIDDEN_SIZE = 2
@@ -57,8 +61,8 @@ class Fixture:
 
     def __init__(self, max_batch_tokens: int = 16):
         self.span = FakeSpan()
-        self.cache = KVCache(1, 256, 4, self.span.device, self.span.dtype)
-        self.engine = Engine(self.span, self.cache, max_batch_tokens)  # type: ignore[arg-type]
+        self.cache = KVCache(1, 1024, 4, self.span.device, self.span.dtype)
+        self.engine = Engine(self.span, self.cache, max_batch_tokens, max_stall=0)  # type: ignore[arg-type]
         self.engine.start()
 
     def task(self, num_tokens: int = 1, value: float = 0.0, max_length: int = 64) -> StepTask:
@@ -121,6 +125,30 @@ def test_the_rows_of_a_session_come_back_in_their_order(fake: Fixture) -> None:
     assert len(fake.span.batches) == 2
 
 
+def test_the_present_load(fake: Fixture) -> None:
+    assert fake.engine.load == Load(0, 0)
+    fake.occupy()
+    assert fake.engine.load == Load(1, 0)
+    rows = fake.cache.admit(2, 8)
+    pair = fake.engine.submit(
+        StepTask(torch.zeros(3, HIDDEN_SIZE), [RowWork(rows[0], 0, 1), RowWork(rows[1], 0, 2)], 0, 1)
+    )
+    prompt, dropped = fake.submit(40), fake.submit(1)
+    assert fake.engine.load == Load(1, 4)
+    dropped.cancel()
+    assert fake.engine.load == Load(1, 3)
+    fake.span.gate.release()
+    fake.span.wait_until_busy()
+    assert fake.engine.load == Load(3, 0)  # a part of the prompt too
+    fake.span.gate.release()
+    fake.span.wait_until_busy()
+    assert pair.done() and not prompt.done()
+    assert fake.engine.load == Load(1, 0)
+    fake.span.open()
+    result(prompt)
+    assert fake.engine.load == Load(0, 0)
+
+
 def test_times_are_measured(fake: Fixture) -> None:
     fake.span.open()
     output = fake.submit(40).result(LIMIT)
@@ -135,17 +163,28 @@ def test_the_answer_has_the_dtype_of_the_question(fake: Fixture) -> None:
     assert result(future).dtype is torch.bfloat16
 
 
-def test_a_failed_batch_fails_its_own_tasks_only(fake: Fixture) -> None:
+def test_a_failure_is_that_of_the_session_which_caused_it(fake: Fixture) -> None:
     fake.occupy()
     unlucky, neighbour = fake.submit(1, value=13.0), fake.submit(1)
     fake.span.gate.release()
     fake.span.wait_until_busy()
     later = fake.submit(1, value=5.0)
     fake.span.open()
-    for future in (unlucky, neighbour):
-        with pytest.raises(EngineError, match="the forward pass failed: ZeroDivisionError: bad luck"):
-            future.result(LIMIT)
+    with pytest.raises(EngineError, match="the forward pass failed: ZeroDivisionError: bad luck"):
+        unlucky.result(LIMIT)
+    assert result(neighbour)[0, 0] == 1.0
     assert result(later)[0, 0] == 6.0
+    assert [len(batch) for batch in fake.span.batches] == [1, 2, 1, 1, 1]  # once together, once each alone
+
+
+def test_training_waits_behind_prompts_but_not_for_ever(fake: Fixture) -> None:
+    fake.occupy()
+    training = fake.task(5)
+    training.work = WorkKind.FORWARD
+    futures = [fake.engine.submit(training), fake.submit((TRAINING_PATIENCE + 4) * 16, max_length=512)]
+    fake.span.open()
+    wait_for(futures, LIMIT)
+    assert [(0, 5) in batch for batch in fake.span.batches[1:]].index(True) == TRAINING_PATIENCE
 
 
 def test_a_failed_step_can_be_repeated(fake: Fixture) -> None:
@@ -267,12 +306,12 @@ def test_nobody_waits_for_an_engine_that_died_of_a_bug(fake: Fixture, monkeypatc
 
 
 @pytest.fixture
-def make_engine(tiny_span: Span, make_cache: Callable[..., KVCache]) -> Iterator[Callable[[int], Engine]]:
+def make_engine(tiny_span: Span, make_cache: Callable[..., KVCache]) -> Iterator[Callable[..., Engine]]:
     """Running engines over the tiny Llama."""
     engines = []
 
-    def make(max_batch_tokens: int) -> Engine:
-        engine = Engine(tiny_span, make_cache(tiny_span), max_batch_tokens)
+    def make(max_batch_tokens: int, max_stall: float = 0) -> Engine:
+        engine = Engine(tiny_span, make_cache(tiny_span), max_batch_tokens, max_stall=max_stall)
         engines.append(engine)
         engine.start()
         return engine
@@ -304,7 +343,7 @@ class Generation:
 
 @pytest.mark.parametrize("max_batch_tokens", [7, 1024])
 def test_sessions_generate_together_what_each_generates_alone(
-    make_engine: Callable[[int], Engine], tiny_model: Any, max_batch_tokens: int
+    make_engine: Callable[..., Engine], tiny_model: Any, max_batch_tokens: int
 ) -> None:
     engine = make_engine(max_batch_tokens)
     generator = torch.Generator().manual_seed(1)
@@ -318,7 +357,7 @@ def test_sessions_generate_together_what_each_generates_alone(
         assert tokens == expected[0].tolist()
 
 
-def test_a_prompt_in_chunks_equals_the_prompt_in_one(make_engine: Callable[[int], Engine]) -> None:
+def test_a_prompt_in_chunks_equals_the_prompt_in_one(make_engine: Callable[..., Engine]) -> None:
     hidden = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     outputs = []
     for max_batch_tokens in (1024, 7, 2):
@@ -329,6 +368,25 @@ def test_a_prompt_in_chunks_equals_the_prompt_in_one(make_engine: Callable[[int]
     whole, *chunked = outputs
     for output in chunked:
         assert (output - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_a_prompt_is_read_in_small_chunks_while_somebody_decodes(fake: Fixture) -> None:
+    fake.span.open()
+    fake.engine.max_batch_tokens = 64
+    (row,) = fake.cache.admit(1, 64)
+    pace = fake.engine._pace = Pace(max_stall=3.0)
+    now = time.monotonic()
+    pace.finished([], 1000, False, now - 1300.0, now - 300.0)  # a token of a prompt takes one second
+    for number in range(20):  # and a batch without any one more, so this row's tokens came 16 seconds apart
+        at = now - 16.0 * (19 - number)
+        pace.arrived(row, True, at - 1.0)
+        pace.finished([row], 0, True, at - 1.0, at)
+    prompt = fake.task(60)
+    result(fake.engine.submit(prompt))  # the row is away, and leaves half of its time to this batch
+    assert fake.span.batches[0] == [(0, int(16.0 * 3.0 * SAFETY / 2 - 1.0))]
+    fake.cache.release([row, prompt.rows[0].cache])
+    result(fake.submit(100, max_length=100))
+    assert fake.span.batches[-2:] == [[(0, 64)], [(64, 36)]]
 
 
 def test_a_free_device_waits_for_the_rows_of_its_last_batch(fake: Fixture) -> None:

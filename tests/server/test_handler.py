@@ -17,6 +17,8 @@ import msgpack
 import pytest
 import pytest_asyncio
 import torch
+from hivemind.p2p import P2PHandlerError, PeerID
+from hivemind.proto import runtime_pb2
 
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
@@ -37,6 +39,7 @@ from swarm.node import Node, NodeConfig
 from swarm.protocol import (
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
+    BlockProtocol,
     CloseSession,
     ErrorReply,
     Message,
@@ -50,11 +53,12 @@ from swarm.protocol import (
     WorkKind,
 )
 from swarm.rpc import FrameStream, open_stream, server_info
-from swarm.server.engine import Engine, StepTask
+from swarm.server.engine import Engine
 from swarm.server.handler import Handler
 from swarm.server.kv_cache import KVCache
 from swarm.server.loader import load_span
 from swarm.server.sessions import SessionTable
+from swarm.server.tasks import StepTask
 from swarm.tensors import from_bytes, to_bytes
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -775,3 +779,11 @@ async def revive(world: World, bystander: Client) -> None:
     """Let the bystander of a test that ended its session come back."""
     again = await world.open(world.honest)
     bystander.stream, bystander.session_id, bystander.position = again.stream, again.session_id, again.position
+
+
+async def test_an_upload_is_counted_and_answered_in_a_few_bytes(world: World) -> None:
+    stub = BlockProtocol.get_stub(world.stranger.p2p, PeerID.from_base58(world.server.peer_id))
+    answer = await stub.rpc_upload(runtime_pb2.ExpertInfo(serialized_info=bytes(2**20)), timeout=LIMIT)
+    assert answer.uid == str(2**20) and answer.ByteSize() < 20
+    with pytest.raises(P2PHandlerError, match="an upload of 1048577 bytes is over the limit of 1048576"):
+        await stub.rpc_upload(runtime_pb2.ExpertInfo(serialized_info=bytes(2**20 + 1)), timeout=LIMIT)

@@ -188,8 +188,8 @@ def test_a_page_released_in_a_batch_goes_to_nobody_before_the_batch_is_done() ->
 
 def test_layers_are_stored_apart() -> None:
     cache = cache_of(num_pages=2, num_layers=2)
-    key, value = torch.ones(2, 2, 8), torch.ones(2, 2, 6)  # 2 tokens of 2 heads
+    key, value = torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 6)  # 2 tokens of 2 heads
     keys, values = cache.storage(0, key, value)
-    assert (keys.numel(), values.numel()) == (8 * 2 * 8, 8 * 2 * 6)  # 2 pages of 4 tokens
+    assert (keys.numel(), values.numel()) == (12 * 2 * 8, 12 * 2 * 6)  # 2 pages of 4 tokens, and one for padding
     assert cache.storage(0, key, value)[0] is keys
     assert cache.storage(1, key, value)[0] is not keys

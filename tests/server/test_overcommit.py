@@ -14,10 +14,11 @@ import torch
 from swarm.data_structures import BlockSpan
 from swarm.errors import CacheFull, EngineError, SessionLost
 from swarm.server.batch import RowChunk
-from swarm.server.engine import Engine, RowWork, StepOutput, StepTask
+from swarm.server.engine import Engine
 from swarm.server.eviction import EvictionLimits
 from swarm.server.kv_cache import KVCache, RowCache
 from swarm.server.span import Span
+from swarm.server.tasks import RowWork, StepOutput, StepTask
 
 LIMIT = 60.0  # seconds for what takes milliseconds on an idle machine
 CPU = torch.device("cpu")

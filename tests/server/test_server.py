@@ -10,8 +10,8 @@ import torch
 
 from swarm.errors import EngineError
 from swarm.server.config import ServerConfig
-from swarm.server.engine import RowWork, StepTask
 from swarm.server.server import Server
+from swarm.server.tasks import RowWork, StepTask
 
 
 async def test_a_server_ends_with_its_engine(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,16 @@ def test_an_unknown_row_is_waited_for_once_and_not_for_ever() -> None:
     assert settling.wait_until(1.001) == pytest.approx(1.001 + MAX_WAIT)
 
 
+def test_who_has_patience_waits_until_all_are_there_or_not_at_all() -> None:
+    settling = Settling()
+    away(settling, "a", 20 * MS)
+    away(settling, "b", 30 * MS)
+    settling.finished(["a", "b"], 10.0)
+    assert settling.wait_until(10.0) == 10.0
+    assert settling.wait_until(10.0, patience=40 * MS) == 10.0
+    assert settling.wait_until(10.0, patience=50 * MS) == pytest.approx(10.0 + 45 * MS)
+
+
 def test_rows_of_earlier_batches_are_not_waited_for() -> None:
     settling = Settling()
     away(settling, "a", 0.5 * MS)

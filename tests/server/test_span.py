@@ -1,14 +1,12 @@
-"""One span serves parts of itself, rewinds, and quantises like plain transformers."""
+"""One span serves parts of itself and rewinds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan
@@ -122,56 +120,3 @@ def test_the_dtype_of_a_span(tiny_checkpoint: Checkpoint, make_cache: Callable[.
 def test_a_span_beyond_the_model(tiny_checkpoint: Checkpoint) -> None:
     with pytest.raises(BadSpan, match=r"blocks 4:9 lie outside the model .*, which has 8 blocks"):
         load_span(tiny_checkpoint, blocks(4, 9), dtype=torch.float32, quantization="none", device=CPU)
-
-
-QUANTIZED = {
-    "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
-    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
-}
-
-
-@pytest.mark.parametrize("quantization", sorted(QUANTIZED))
-def test_quantised_blocks_equal_plain_transformers_quantised_alike(
-    quantization: Any,
-    tiny_checkpoint: Checkpoint,
-    tiny_llama_folder: Path,
-    tiny_model: Any,
-    hidden_at_boundaries: Boundaries,
-    make_replay: Callable[..., Any],
-) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(
-        tiny_llama_folder, dtype=torch.float32, quantization_config=QUANTIZED[quantization], device_map="cpu"
-    ).eval()
-    if quantization == "int8":
-        plain = plain.dequantize()  # else it rounds the activations too, which the server does not
-    (ids,) = prompts(20)
-    reference = hidden_at_boundaries(plain, ids)
-    # Plain transformers quantises its blocks: else this test would compare nothing.
-    unquantised = hidden_at_boundaries(tiny_model, ids)
-    assert (reference[-1] - unquantised[-1]).abs().max() > 1e-3 * unquantised[-1].abs().max()
-
-    for part in (blocks(0, 3), blocks(3, 8)):
-        span = load_span(tiny_checkpoint, part, dtype=torch.float32, quantization=quantization, device=CPU)
-        replay = make_replay(span)
-        replay.run((replay.open(reference), 20))
-
-
-def test_an_int8_row_is_not_changed_by_its_neighbours(
-    tiny_checkpoint: Checkpoint, make_cache: Callable[..., KVCache]
-) -> None:
-    span = load_span(tiny_checkpoint, blocks(0, 4), dtype=torch.float32, quantization="int8", device=CPU)
-    generator = torch.Generator().manual_seed(0)
-    honest = torch.randn(6, 64, generator=generator)
-    outliers = torch.randn(6, 64, generator=generator)
-    outliers[:, ::7] *= 1e4  # such columns make bitsandbytes treat all rows differently, at its default threshold
-
-    def output(*neighbours: torch.Tensor) -> torch.Tensor:
-        cache = make_cache(span)
-        rows = cache.admit(1 + len(neighbours), 6)
-        for row in rows:
-            cache.grow(row, 6)
-        chunks = [RowChunk(row, 0, 6, 0, 4) for row in rows]
-        return span.forward(torch.cat([honest, *neighbours]), chunks, cache)[:6]
-
-    assert torch.equal(output(), output(outliers))
-    assert torch.equal(output(), output(torch.full_like(outliers, float("inf"))))

@@ -24,7 +24,7 @@ from swarm.protocol import (
     Message,
     Moving,
 )
-from swarm.rpc import FrameStream, open_stream, ping, server_info
+from swarm.rpc import FrameStream, open_stream, ping, server_info, upload_rate
 
 LIMIT = 30.0  # seconds for what takes milliseconds on an idle machine
 INFO = ServerInfo(
@@ -144,6 +144,8 @@ class Answers:
 
     def __init__(self) -> None:
         self.answer: bytes | Exception | None = None
+        self.upload_time = 0.0
+        self.uploads: list[int] = []
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         if isinstance(self.answer, Exception):
@@ -151,6 +153,11 @@ class Answers:
         if self.answer is None:
             await asyncio.Event().wait()
         return runtime_pb2.ExpertInfo(serialized_info=self.answer)
+
+    async def rpc_upload(self, request: runtime_pb2.ExpertInfo, context: P2PContext) -> runtime_pb2.ExpertUID:
+        self.uploads.append(len(request.serialized_info))
+        await asyncio.sleep(self.upload_time)
+        return runtime_pb2.ExpertUID(uid="0")
 
 
 async def test_questions_to_a_server_and_foreign_errors_as_ours() -> None:
@@ -166,6 +173,13 @@ async def test_questions_to_a_server_and_foreign_errors_as_ours() -> None:
         answers.answer = INFO.model_dump_json().encode()
         assert await server_info(client.p2p, server.peer_id, LIMIT) == INFO
         assert 0 < await ping(client.p2p, server.peer_id, LIMIT) < LIMIT
+
+        assert await upload_rate(client.p2p, server.peer_id, LIMIT) > 2**20 / LIMIT
+        assert answers.uploads == [2**16, 2**20]
+        answers.uploads.clear()
+        answers.upload_time = 0.3  # a slow line, which shall not carry the whole of it
+        assert 2**16 / LIMIT < await upload_rate(client.p2p, server.peer_id, LIMIT) < 2 * 2**16 / 0.3
+        assert answers.uploads == [2**16]
 
         for junk in (b"", b"junk", b"{}", b'{"state": "online"}'):
             answers.answer = junk
@@ -192,7 +206,7 @@ async def test_questions_to_a_server_and_foreign_errors_as_ours() -> None:
                 await stream.receive()
 
         await server.stop()
-        for action in (open_stream, server_info, ping):
+        for action in (open_stream, server_info, ping, upload_rate):
             with pytest.raises(PeerUnreachable):
                 await action(client.p2p, server.peer_id, LIMIT)
     finally:

@@ -1,4 +1,4 @@
-"""Linear layers that multiply one to four rows in float32 on a CPU: what decoding does, in blocks and head alike.
+"""Linear layers that multiply one to four rows in float32 on a CPU: what the head does for every token.
 
 Such a product reads every weight once and computes little, so the memory should set its pace. The library's own routine
 for it (sgemv) may stay at half of that. The same product as a batch of small matrix products, each of `_BLOCK` outputs,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swarm import few_rows
-from swarm.few_rows import MAX_ROWS, FewRowsLinear, blockwise_linear, speed_up_few_rows
+from swarm.client import few_rows
+from swarm.client.few_rows import MAX_ROWS, FewRowsLinear, blockwise_linear, speed_up_few_rows
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,124 @@
+"""Linear layers on a CPU whose weights lie in memory the way oneDNN multiplies them.
+
+The usual product takes a row-major matrix apart at every call; for the few rows of decoding that costs more than the
+product itself. Packed once, when the weights load, four rows take about as long as one, sixteen twice as long, and
+prompts gain too (docs/experiments.md). Which way is faster depends on processor and library, so that is measured, once
+per process, on weights of the model at hand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+#: Rows for which weights are packed; oneDNN uses the same layout for any number.
+_PACKED_FOR = 16
+#: Fewer rows take longer than as many: whoever calls the model should pad its input.
+MIN_ROWS = 4
+
+_SAMPLE_BYTES = 64 * 2**20  # of weights to measure on: more than caches hold
+_ROUNDS = 3
+
+
+class PackedLinear(nn.Module):
+    """`y = x W^T + b` with a packed W, which no gradient reaches. The packed copy is the only one."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bias = layer.bias
+        # Not a buffer: what copies or moves a module's buffers cannot treat this layout.
+        self.packed = _pack(layer.weight.detach())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out_features, in_features], unpacked for this one use."""
+        return self.packed.to_dense()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight (but for what the layout may leave unused)."""
+        return self.packed.numel() * self.packed.element_size()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            return F.linear(input, self.weight, self.bias)
+        return packed_product(input, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def packed_product(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What `F.linear` computes. input: [..., in_features], in the weights' dtype; packed: made by `_pack`."""
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
+    return output
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+    return packed
+
+
+def pack_linear_layers(model: nn.Module) -> bool:
+    """Pack the linear layers in `model` where that is possible. False if it is not faster here."""
+    layers = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and _is_suitable(child)
+    ]
+    if not layers or not _is_faster([layer for _, _, layer in layers]):
+        return False
+    for parent, name, layer in layers:
+        setattr(parent, name, PackedLinear(layer))
+        layer.weight = None  # type: ignore[assignment]  # the list still holds the layer: free its memory now
+    return True
+
+
+def _is_suitable(layer: nn.Linear) -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+_verdicts: dict[tuple[torch.dtype, int], bool] = {}  # by dtype and number of threads, on which it depends
+
+
+def _is_faster(layers: Sequence[nn.Linear]) -> bool:
+    key = layers[0].weight.dtype, torch.get_num_threads()
+    if key not in _verdicts:
+        _verdicts[key] = _measure(layers)
+    return _verdicts[key]
+
+
+@torch.inference_mode()
+def _measure(layers: Sequence[nn.Linear]) -> bool:
+    plain, packed, size = [], [], 0
+    for layer in layers:
+        rows = torch.ones(MIN_ROWS, layer.in_features, dtype=layer.weight.dtype)
+        plain.append((rows, layer.weight))
+        packed.append((rows, _pack(layer.weight)))
+        size += layer.weight.nbytes
+        if size >= _SAMPLE_BYTES:
+            break
+    return _seconds(packed_product, packed) < _seconds(F.linear, plain)
+
+
+def _seconds(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], sample: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> float:
+    times = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        for rows, weight in sample:
+            product(rows, weight)
+        times.append(time.perf_counter() - started)
+    return min(times)
