@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.server.pace import MIN_CHUNK, BatchTimes, Pace
@@ -107,6 +107,7 @@ def test_without_a_limit_the_prompt_is_as_fast_as_alone_and_everybody_stalls() -
     assert beside.first_token <= 1.05 * alone.first_token
 
 
+@settings(max_examples=500)
 @given(
     st.lists(st.floats(0, 0.3), min_size=1, max_size=6),
     st.integers(1, 3000),
@@ -122,7 +123,8 @@ def test_on_any_device_the_stall_is_kept_unless_chunks_cannot_be_smaller(
     smallest = device.seconds(len(away), MIN_CHUNK * 9 // 8 + 1, 0)  # with the end of a prompt, see scheduler.py
     # A row that arrives in the middle of a smallest batch waits for that, and for one of its own.
     usual = device.seconds(1, 0, 0) + min(away)
-    assert run.stall <= max(max_stall, (max(away) + 2 * smallest) / usual) + 0.1
+    # A tenth is for what is learnt only as it happens.
+    assert run.stall <= 1.1 * max(max_stall, (max(away) + 2 * smallest) / usual)
 
 
 def test_nobody_watches_so_the_whole_batch_is_the_prompts() -> None:

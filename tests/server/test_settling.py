@@ -33,6 +33,17 @@ def test_a_quick_row_is_waited_for_until_it_is_there() -> None:
     assert settling.wait_until(10.0 + 0.5 * MS) == 10.0 + 0.5 * MS
 
 
+def test_a_row_that_may_just_come_in_time_is_waited_for_to_the_end() -> None:
+    """Else a batch that once split would stay split: its rows come back at the same time as others again and again."""
+    settling = Settling()
+    away(settling, "hopeful", 2.5 * MS)
+    settling.finished(["hopeful"], 10.0)
+    assert settling.wait_until(10.0) == pytest.approx(10.0 + MAX_WAIT)
+    away(settling, "hopeless", 3.5 * MS, at=20.0)
+    settling.finished(["hopeless"], 30.0)
+    assert settling.wait_until(30.0) == 30.0
+
+
 def test_a_slow_row_is_not_waited_for_though_it_came_back_after_later_batches() -> None:
     settling = Settling()
     settling.finished(["slow"], 0.0)
