@@ -52,7 +52,8 @@ def run_server(
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="Of the device, for blocks, cache and activations: 8GB, 512MiB. Without it, what is free.",
+            help="Of the device, for blocks, cache and activations: 8GB, 512MiB. Without it, what is free: give it "
+            "where several servers share a machine.",
             metavar="SIZE",
             show_default=False,
         ),

@@ -26,6 +26,7 @@ PING_TIMEOUT = 2.0
 #: The way to others is measured to so many of them, with 1 MiB each at most, and again once in so many seconds.
 MAX_UPLOADS = 3
 UPLOAD_TIMEOUT = 5.0
+UPLOAD_RETRY = 300.0  # seconds after nobody answered
 UPLOAD_PERIOD = 3600.0
 
 
@@ -130,8 +131,9 @@ class Announcer:
         for peer in random.sample(others, min(MAX_UPLOADS, len(others))):  # in turn: they share our line
             try:
                 rates.append(await upload_rate(self._node.p2p, peer, UPLOAD_TIMEOUT))
-            except SwarmError as error:
-                logger.info("could not measure the way to %s: %s", peer, error)
+            except Exception as error:  # whatever a stranger answers, the heartbeat goes on
+                logger.info("could not measure the way to %s: %r", peer, error)
         if rates:
             self.network_rate = statistics.median(rates)
-            self._upload_after = time.monotonic() + UPLOAD_PERIOD
+        if others:
+            self._upload_after = time.monotonic() + (UPLOAD_PERIOD if rates else UPLOAD_RETRY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,6 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
-    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
@@ -29,8 +29,10 @@ DEFAULT_MAX_STALL = 3.0
 def _read_size(value: Any, read: ValidatorFunctionWrapHandler) -> ByteSize:
     """What the library makes of it, with an error that says what to write."""
     try:
+        if isinstance(value, str) and not re.fullmatch(r"\s*\d*\.?\d+\s*[A-Za-z]*\s*", value):
+            raise ValueError("the library would read only the beginning")
         size: ByteSize = read(value)
-    except ValidationError as error:
+    except ValueError as error:
         raise ValueError(f"cannot read {value!r} as an amount of memory; write for example 8GB or 512MiB") from error
     if size < 1:
         raise ValueError("must be more than nothing")

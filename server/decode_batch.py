@@ -15,6 +15,9 @@ import torch
 from .batch import RowChunk
 from .kv_cache import KVCache
 
+#: A padded batch may hold so many times the pages of its rows.
+MAX_PADDING = 4
+
 
 class DecodeBatch:
     """Up to `num_rows` rows with up to `num_pages` pages each. Rows that are not in use write to the scratch page."""
@@ -24,6 +27,12 @@ class DecodeBatch:
         self.num_tokens = num_rows
         self._page_table = torch.full((num_rows, num_pages), cache.scratch_page, dtype=torch.int64, device=device)
         self._positions = torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def suits(chunks: Sequence[RowChunk]) -> bool:
+        """Whether all rows decode, and are not so different in length that padding them would be most of the work."""
+        pages = [len(chunk.cache.pages) for chunk in chunks]
+        return all(chunk.num_tokens == 1 for chunk in chunks) and len(pages) * max(pages) <= MAX_PADDING * sum(pages)
 
     @classmethod
     def of(cls, chunks: Sequence[RowChunk], cache: KVCache, device: torch.device) -> DecodeBatch:

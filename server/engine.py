@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from swarm.errors import EngineError, SwarmError
+from swarm.tensors import all_finite
 
 from .batch import RowChunk
 from .config import DEFAULT_MAX_STALL
@@ -267,6 +268,12 @@ class Engine:
             if isinstance(result, EngineError) or task.future.done():
                 continue
             part = result.to(task.hidden.dtype)
+            if part.dtype != result.dtype and not all_finite(part):
+                name = str(part.dtype).removeprefix("torch.")
+                task.fail(
+                    EngineError(f"the blocks' output overflows {name}, which this session asked for; use float32")
+                )
+                continue
             if len(part) == len(task.hidden):
                 task.output = part
             else:

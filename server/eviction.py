@@ -28,6 +28,7 @@ class Tenant:
     waited: since it began to wait for pages. step_waited: since this step came, which may be the second that asks for
     them after one that was refused. idle: since its last step ended; 0 while one waits.
     resident: since it took its first page. generating: it went beyond its prompt or replay since then.
+    in_step: part of its present step is done, and would be done in vain if it were evicted now.
     """
 
     held: int
@@ -37,6 +38,7 @@ class Tenant:
     idle: float = 0.0
     resident: float = 0.0
     generating: bool = True
+    in_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,5 +114,7 @@ def _turn_over(index: int, tenants: Sequence[Tenant], limits: EvictionLimits) ->
     """Whom to evict after that, longest resident first."""
     if tenants[index].waited < limits.turn_time:
         return []
-    over = [i for i, t in enumerate(tenants) if t.held and i != index and t.resident >= limits.turn_time]
+    over = [
+        i for i, t in enumerate(tenants) if t.held and i != index and t.resident >= limits.turn_time and not t.in_step
+    ]
     return sorted(over, key=lambda i: -tenants[i].resident)

@@ -47,6 +47,9 @@ from .tasks import StepTask
 
 logger = logging.getLogger(__name__)
 
+#: Bytes that a step may bring beyond what its session reserved: then it is read, and refused with what is wrong.
+PAYLOAD_SLACK = 2**16
+
 
 class Handler:
     """Serves the streams and questions of all peers, on the node's event loop."""
@@ -161,9 +164,12 @@ class _SessionStream:
                     raise SessionLost(f"no step for {self._handler.idle_limit:g} s: the session is closed") from None
 
     def _check_sender(self, message: Message, payload_size: int) -> None:
-        """Refuse a tensor of somebody who holds no session here before it takes memory."""
+        """Refuse a tensor before it takes memory: of somebody who holds no session here, or too large for his own."""
         if isinstance(message, StepRequest | CloseSession):
-            self._own_session(message.session_id)
+            session = self._own_session(message.session_id)
+            values = len(session.rows) * session.max_length * self._handler.engine.span.hidden_size
+            if payload_size > 4 * values + PAYLOAD_SLACK:  # in float32
+                raise MessageTooLarge(f"a tensor of {payload_size} bytes, more than this session reserved room for")
         elif payload_size:
             raise ProtocolError(f"{type(message).__name__} messages carry no tensor")
 

@@ -16,7 +16,8 @@ QUANTIZED_VERSION = "plain1"
 
 
 def numerics_tag(dtype: torch.dtype, quantization: Quantization, device: torch.device) -> str:
-    """Two servers with equal tags give equal tokens for equal input (in float32).
+    """Two servers with equal tags give equal tokens for equal input (in float32), but for ties within the last bits:
+    which product a linear layer takes is measured at loading (packed_linear.py).
 
     Names what changes results: dtype, quantisation, device type, and the versions of the kernels behind them.
     """

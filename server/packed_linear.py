@@ -82,11 +82,11 @@ def pack_linear_layers(model: nn.Module) -> bool:
 
 
 def _is_suitable(layer: nn.Linear) -> bool:
-    return (
-        torch.backends.mkldnn.is_available()
-        and layer.weight.device.type == "cpu"
-        and layer.weight.dtype in (torch.float32, torch.bfloat16)
-    )
+    if layer.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if layer.weight.dtype == torch.bfloat16:  # which oneDNN refuses on older processors
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return layer.weight.dtype == torch.float32
 
 
 _verdicts: dict[tuple[torch.dtype, int], bool] = {}  # by dtype and number of threads, on which it depends

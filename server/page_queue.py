@@ -72,6 +72,7 @@ class PageQueue:
         """Ask the policy and act on it. Sets `wanted` to 0 where pages were taken; returns the steps that failed."""
         now = self._clock()
         self._measure_replays()
+        free = self._cache.free_pages  # before the rest: pages that a session gives back meanwhile must not count twice
         sessions = self._cache.sessions()
         for session, task in tasks.items():
             if wanted[session] and session.waiting_since is None:
@@ -85,10 +86,11 @@ class PageQueue:
                 idle=0.0 if session in tasks else now - session.last_used,
                 resident=now - session.entered,
                 generating=session.generating,
+                in_step=session in tasks and any(tasks[session].progress),
             )
             for session in sessions
         ]
-        decision = share_pages(self._cache.free_pages, tenants, self._limits, may_end_turn=now >= self._next_turn)
+        decision = share_pages(free, tenants, self._limits, may_end_turn=now >= self._next_turn)
         if decision.turn_over:
             tokens = sum(row.length for index in decision.turn_over for row in sessions[index].rows)
             self._next_turn = now + tokens * self._replay_cost / self._limits.replay_share

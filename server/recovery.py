@@ -34,6 +34,10 @@ def run_batch(pieces: Sequence[Piece], forward: Forward) -> list[Outcome]:
     """
     try:
         return _parts(pieces, forward(pieces))
+    except torch.AcceleratorError as error:
+        if not is_out_of_memory(error):
+            raise  # the device is lost to this process: a server that went on would fail everybody from now on
+        reason, out_of_memory = f"{type(error).__name__}: {error}", True
     except Exception as error:  # kept as text alone: with its traceback it would hold the memory that we need
         reason = f"{type(error).__name__}: {error}"
         out_of_memory = is_out_of_memory(error)
@@ -68,8 +72,8 @@ def _parts(pieces: Sequence[Piece], output: torch.Tensor) -> list[Outcome]:
     if all_finite(output):
         return list(zip(pieces, parts, strict=True))
     error = EngineError(
-        f"the blocks gave NaN or infinity for this session; if it is not the input, {output.dtype} overflows: "
-        "use a server with --dtype bfloat16 or float32"
+        f"the blocks gave NaN or infinity for this session; if it is not the input, {output.dtype} overflows (or, with "
+        "int8 weights, float16, in which activations are rounded): use a server with --dtype bfloat16 or float32"
     )
     return [(piece, part if all_finite(part) else error) for piece, part in zip(pieces, parts, strict=True)]
 

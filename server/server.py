@@ -250,4 +250,8 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"blocks cannot be served on {name!r}; write cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda is not available here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        )
     return device

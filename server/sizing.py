@@ -159,7 +159,11 @@ def _loading_bytes(block: nn.Module, dtype: torch.dtype, quantization: Quantizat
 
 def _activation_bytes(block: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's values while a block works on it, generously: its hidden states eight times in float32
-    (residual, norms, queries, keys, values, attention's output), the widest layer's four times in `dtype`."""
-    hidden = config.get_text_config().hidden_size
+    (residual, norms, queries, keys, values, attention's output), the widest layer's four times in `dtype`, a mask over
+    a long context, and its scores for every head where the fused kernels cannot be used."""
+    text = config.get_text_config()
     widest = max(size for parameter in block.parameters() for size in parameter.shape[-2:])
-    return int(8 * hidden * 4 + 4 * widest * dtype.itemsize)
+    context = min(getattr(text, "max_position_embeddings", None) or USUAL_CACHE_TOKENS, USUAL_CACHE_TOKENS)
+    explicit = getattr(text, "attn_logit_softcapping", None) is not None
+    scores = context * dtype.itemsize * (1 + 4 * text.num_attention_heads * explicit)
+    return int(8 * text.hidden_size * 4 + 4 * widest * dtype.itemsize + scores)

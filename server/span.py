@@ -72,7 +72,7 @@ class Span:
     def _run_segment(
         self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache, start: int, end: int
     ) -> torch.Tensor:
-        if self.device.type == "cuda" and all(chunk.num_tokens == 1 for chunk in chunks):
+        if self.device.type == "cuda" and DecodeBatch.suits(chunks):
             return self.decode(hidden, DecodeBatch.of(chunks, cache, self.device), start, end)
         batch = FlatBatch(chunks, cache, self.device, self.min_tokens)
         if batch.padding:  # with copies, which choose the same experts as the last token where a model has some

@@ -123,13 +123,15 @@ def test_a_folder_without_safetensors(
         (["--identity-path", "/dev/null/identity"], ["/dev/null/identity", "cannot be made"]),
         (["--cache-tokens", "9999999999999"], ["cache_tokens"]),
         (["--max-memory", "8 apples"], ["max_memory", "'8 apples'", "8GB or 512MiB"]),
+        (["--max-memory", "8,5GB"], ["max_memory", "'8,5GB'", "8GB or 512MiB"]),
+        (["--max-memory", "80%"], ["max_memory", "'80%'", "8GB or 512MiB"]),
         (["--max-memory", "0GB"], ["max_memory", "more than nothing"]),
         (
             ["--max-memory", "1MB", "--dtype", "float32"],
             ["one block of tiny-chat in float32 takes 148.0KB", "but 1.0MB of memory are available"],
         ),
         (
-            ["--max-memory", "5MB", "--blocks", "1:3", "--cache-tokens", "9999"],
+            ["--max-memory", "5MB", "--blocks", "1:3", "--cache-tokens", "9999", "--dtype", "float32"],
             ["2 blocks of tiny-chat in float32 take 295.9KB", "a cache of 9999 tokens"],
         ),
         (["--port", "31330"], ["--port and --host-maddrs exclude each other"]),

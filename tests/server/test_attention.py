@@ -136,6 +136,19 @@ def test_a_decoding_batch_of_fixed_shape_gives_the_same(
             assert error <= 1e-5
 
 
+def test_rows_of_very_different_length_are_not_padded_to_the_longest() -> None:
+    cache = KVCache(1, 4096, 16, torch.device("cpu"), torch.float32)
+    rows = cache.admit(9, 400)
+    chunks = []
+    for row, length in zip(rows, [380, *[20] * 8], strict=True):
+        cache.grow(row, length)
+        chunks.append(RowChunk(row, length - 1, 1, 0, 1))
+    assert not DecodeBatch.suits(chunks)
+    assert DecodeBatch.suits(chunks[1:])
+    assert DecodeBatch.suits(chunks[:1])
+    assert not DecodeBatch.suits([*chunks[1:], RowChunk(rows[1], 3, 2, 0, 1)])
+
+
 @torch.inference_mode()
 def _spoil_unused_slots(cache: KVCache, sessions: list[Any]) -> None:
     used = torch.cat([cache.slots(session.row, 0, session.row.length) for session in sessions])

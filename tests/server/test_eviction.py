@@ -64,6 +64,14 @@ def test_after_a_turn_the_longest_resident_makes_room() -> None:
     assert share_pages(0, [*residents, replace(waiting, wanted=5)], LIMITS) == Decision()
 
 
+def test_a_step_that_is_half_done_is_not_wasted() -> None:
+    """Else two long prompts could evict each other for ever."""
+    reading = Tenant(held=4, resident=60.0, generating=False, in_step=True)
+    waiting = Tenant(held=0, wanted=2, waited=60.0)
+    assert share_pages(0, [reading, waiting], LIMITS).evicted == ()
+    assert share_pages(0, [replace(reading, in_step=False), waiting], LIMITS).evicted == (0,)
+
+
 def test_who_waited_too_long_is_refused() -> None:
     waiting = [Tenant(held=0, wanted=2, waited=40.0, step_waited=seconds) for seconds in (30.0, 29.0)]
     assert share_pages(0, [Tenant(held=4, resident=1.0), *waiting], LIMITS) == Decision(refused=(1,))

@@ -505,6 +505,15 @@ async def test_a_message_that_carries_no_tensor_with_one(world: World) -> None:
     await client.expect_end()
 
 
+async def test_a_tensor_far_larger_than_the_session_is_not_even_read(world: World) -> None:
+    client = await world.open(world.stranger)  # of one row, 64 tokens at most
+    request, _ = client.request()
+    header = msgpack.packb(["step", request.model_dump()])
+    await client.send_raw(frame(header, b"")[:4] + struct.pack(">I", 2**20) + header)
+    await client.expect_error(MessageTooLarge, "more than this session reserved room for")
+    await client.expect_end()
+
+
 @pytest.mark.parametrize("length", [1, 8, 50, -1])
 async def test_a_frame_cut_short(world: World, length: int) -> None:
     client = await world.open(world.stranger)

@@ -17,6 +17,7 @@ from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine
 from swarm.server.eviction import EvictionLimits
 from swarm.server.kv_cache import KVCache, RowCache
+from swarm.server.page_queue import PageQueue
 from swarm.server.span import Span
 from swarm.server.tasks import RowWork, StepOutput, StepTask
 
@@ -131,6 +132,22 @@ def test_a_newcomer_evicts_an_idle_session(make_world: Callable[..., World]) -> 
     assert world.cache.tokens_left == min(4 * PAGE, left + 4 * PAGE)
     with pytest.raises(SessionLost, match="evicted"):
         world.submit(idle[0], num_tokens=1).result(LIMIT)
+
+
+def test_pages_given_back_while_it_is_decided_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(1, 4 * PAGE, PAGE, CPU, torch.float32, overcommit=4.0)
+    (idle,), (newcomer,) = cache.admit(1, 4 * PAGE), cache.admit(1, 4 * PAGE)
+    cache.grow(idle, 2 * PAGE)
+    queue = PageQueue(cache, EvictionLimits(idle_protection=0.0, turn_time=1e6, page_wait_limit=1e6))
+    sessions = cache.sessions
+    # Its client closes the session after one of the two was read and before the other.
+    monkeypatch.setattr(cache, "sessions", lambda: (cache.release([idle]), sessions())[1])
+    step = StepTask(torch.zeros(4 * PAGE, 2), [RowWork(newcomer, 0, 4 * PAGE)], 0, 1)
+    for _ in range(2):
+        ready, failed = queue.provide([step])
+        assert not failed
+    assert ready == [step]
+    assert len(newcomer.pages) == 4
 
 
 def test_of_two_sessions_that_wait_for_pages_the_later_one_makes_room(make_world: Callable[..., World]) -> None:

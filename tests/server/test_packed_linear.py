@@ -94,6 +94,12 @@ def test_what_does_not_suit_is_left_alone() -> None:
     assert not pack_linear_layers(nn.ModuleList(others))
 
 
+def test_bfloat16_is_left_alone_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not pack_linear_layers(nn.Sequential(layer(dtype=torch.bfloat16)))
+    assert pack_linear_layers(nn.Sequential(layer()))
+
+
 def test_nothing_changes_where_it_is_not_faster(verdict) -> None:
     verdict(False)
     model = nn.Sequential(layer())

@@ -124,6 +124,16 @@ def test_whatever_fails_fails_for_the_guilty_alone(sizes: list[list[int]], data:
             assert output == (tasks[index].hidden[:, 0] + 0.5).tolist()
 
 
+def test_a_lost_device_ends_the_engine() -> None:
+    """After an illegal access every forward pass fails; a server that went on would lure clients in and fail them."""
+
+    def broken(pieces: Sequence[Piece]) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        run_batch(pieces_of([[1], [2]]), broken)
+
+
 def test_the_memory_of_a_failed_forward_is_free_again_before_the_next_try() -> None:
     activations: list[weakref.ref[torch.Tensor]] = []
 
@@ -296,5 +306,24 @@ def test_values_that_overflow_half_precision_are_an_error_of_that_session_alone(
             futures[0].result(LIMIT)
         alone = engine.submit(StepTask(hidden, [RowWork(rows[0], 0, 2)], 0, 8)).result(LIMIT).hidden
         assert (futures[1].result(LIMIT).hidden - alone).abs().max() <= 1e-2 * alone.abs().max()
+    finally:
+        engine.stop(LIMIT)
+
+
+def test_an_output_that_overflows_what_a_session_asked_for_says_so(
+    tiny_span: Span, make_cache: Callable[..., KVCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server computes in float32, a client that sends float16 gets float16 back."""
+    monkeypatch.setattr(tiny_span, "forward", lambda hidden, chunks, cache: hidden + 1e5)
+    engine = Engine(tiny_span, make_cache(tiny_span), 64)
+    engine.start()
+    try:
+        rows = engine.cache.admit(2, 8)
+        small = StepTask(torch.zeros(2, 64, dtype=torch.float16), [RowWork(rows[0], 0, 2)], 0, 8)
+        large = StepTask(torch.zeros(2, 64), [RowWork(rows[1], 0, 2)], 0, 8)
+        futures = [engine.submit(task) for task in (small, large)]
+        with pytest.raises(EngineError, match="overflows float16, which this session asked for"):
+            futures[0].result(LIMIT)
+        assert futures[1].result(LIMIT).hidden.isfinite().all()
     finally:
         engine.stop(LIMIT)
