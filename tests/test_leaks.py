@@ -110,7 +110,8 @@ class Users:
 
 @pytest.fixture
 def users(tiny_llama_folder: Path) -> Iterator[Users]:
-    with LocalSwarm(tiny_llama_folder, ["0:8"], flags=["--threads", "1"]) as swarm:
+    # A cache that the sessions fill: its pages take memory when they are first written.
+    with LocalSwarm(tiny_llama_folder, ["0:8"], flags=["--threads", "1", "--cache-tokens", "4096"]) as swarm:
         users = Users(tiny_llama_folder, swarm)
         try:
             yield users

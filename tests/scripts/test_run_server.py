@@ -27,6 +27,7 @@ from swarm.node import Node, NodeConfig, NodeThread
 from swarm.records import write_record
 from swarm.rpc import server_info
 from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm
+from swarm.server.sizing import block_size
 
 BIN = Path(sys.executable).parent
 PEER_ID = "QmXnnyufdzAWL5CqZ2RnSNgPbvCc1ALT73s6epPrRnZ1Xy"
@@ -168,9 +169,17 @@ def test_a_dead_p2pd_ends_the_server(servers: dict[str, PeerProcess]) -> None:
 def test_servers_take_the_blocks_that_their_memory_holds_where_they_are_needed(
     start_peer: Callable[..., PeerProcess], tiny_chat_folder: Path
 ) -> None:
-    """A block takes 147,968 bytes, its cache 256 a token, the activations of a batch 4,194,304: three blocks fit."""
-    three = ("--max-memory", str(4_194_304 + 3 * (147_968 + 256 * 64) + 100), "--cache-tokens", "64")
+    size = block_size(
+        open_checkpoint(str(tiny_chat_folder)).config,
+        dtype=torch.float32,
+        quantization="none",
+        device=torch.device("cpu"),
+        max_batch_tokens=1024,
+    )
+    memory = size.activations + 3 * (size.weights + 64 * size.cache_per_token) + 100
+    three = ("--max-memory", str(memory), "--cache-tokens", "64")
     common = (tiny_chat_folder, "--host-maddrs", LOOPBACK, "--threads", "1", "--announce-period", "0.5")
+    common += ("--dtype", "float32")
     node = NodeThread.start(NodeConfig(host_maddrs=(LOOPBACK,)))
     try:
         peer = node.run(node.node.ready_address())
