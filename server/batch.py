@@ -69,8 +69,8 @@ class RowView:
 class FlatBatch:
     """Rows of one forward pass over one segment of the span."""
 
-    def __init__(self, chunks: list[RowChunk], cache: KVCache, device: torch.device, min_tokens: int = 1):
-        """min_tokens: a smaller batch is padded up to this many tokens, which belong to no row."""
+    def __init__(self, chunks: list[RowChunk], cache: KVCache, device: torch.device, padded_size: int = 0):
+        """padded_size: a smaller batch is padded up to so many tokens; those beyond its own belong to no row."""
         self.cache = cache
         self.rows: list[RowView] = []
         positions, slots = [], []
@@ -87,7 +87,7 @@ class FlatBatch:
             first += chunk.num_tokens
         #: without padding
         self.num_tokens = first
-        self.padding = max(0, min_tokens - first)
+        self.padding = max(0, padded_size - first)
         if self.padding:
             positions.append(positions[-1][-1:].expand(self.padding))
         #: int64 [1, tokens], padding included

@@ -28,7 +28,7 @@ from swarm.quiet import quiet_loading
 from .attention import use_paged_attention
 from .config import Quantization
 from .heap import freed_at_once
-from .packed_linear import MIN_ROWS, PackedLinear, pack_linear_layers
+from .packed_linear import PackedLinear, pack_linear_layers, padded_rows
 from .quantization import finish_layers, quantization_config, tensors_of, unquantized_weights
 from .span import Span
 
@@ -80,7 +80,9 @@ def load_span(
             sum(left.values()) / 1e6,
             ", ".join(sorted(left)),
         )
-    return Span(model, architecture, span, device=device, dtype=dtype, min_tokens=MIN_ROWS if packed else 1)
+    return Span(
+        model, architecture, span, device=device, dtype=dtype, **({"padded_size": padded_rows} if packed else {})
+    )
 
 
 def loaded_bytes(span: Span) -> int:

@@ -8,6 +8,7 @@ per process, on weights of the model at hand.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,8 +18,15 @@ from torch import nn
 
 #: Rows for which weights are packed; oneDNN uses the same layout for any number.
 _PACKED_FOR = 16
-#: Fewer rows take longer than as many: whoever calls the model should pad its input.
-MIN_ROWS = 4
+#: oneDNN compiles code for every number of rows, and keeps what it compiled for each layer's shape: by default 1,024
+#: times, which grew to a gigabyte. So few are kept (compiling anew takes 0.6 ms), in its own cache and in the one that
+#: torch has beside it; both look here when they are first used.
+_COMPILED = "48"
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, _COMPILED)
+
+#: Small batches should be padded to one of these: there are fewer kinds then, and 1 to 3 rows take longer than 4.
+_PADDED = (4, 6, 8, 12, 16, 24, 32)
 
 _SAMPLE_BYTES = 64 * 2**20  # of weights to measure on: more than caches hold
 _ROUNDS = 3
@@ -65,6 +73,11 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def padded_rows(num_rows: int) -> int:
+    """How many rows a batch of so many should have."""
+    return next((size for size in _PADDED if size >= num_rows), num_rows)
+
+
 def pack_linear_layers(model: nn.Module) -> bool:
     """Pack the linear layers in `model` where that is possible. False if it is not faster here."""
     layers = [
@@ -103,7 +116,7 @@ def _is_faster(layers: Sequence[nn.Linear]) -> bool:
 def _measure(layers: Sequence[nn.Linear]) -> bool:
     plain, packed, size = [], [], 0
     for layer in layers:
-        rows = torch.ones(MIN_ROWS, layer.in_features, dtype=layer.weight.dtype)
+        rows = torch.ones(_PADDED[0], layer.in_features, dtype=layer.weight.dtype)
         plain.append((rows, layer.weight))
         packed.append((rows, _pack(layer.weight)))
         size += layer.weight.nbytes

@@ -7,6 +7,7 @@ with `inputs_embeds` of shape [1, tokens, hidden_size]: the flattened batch.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -31,13 +32,13 @@ class Span:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        min_tokens: int = 1,
+        padded_size: Callable[[int], int] = lambda num_tokens: num_tokens,
     ):
-        """min_tokens: smaller batches are padded to this size, because the linear layers are not faster with less."""
+        """padded_size: how many tokens a batch of so many should be padded to, to suit the linear layers."""
         self.blocks = blocks
         self.device = device
         self.dtype = dtype
-        self.min_tokens = min_tokens
+        self._padded_size = padded_size
         self.hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[operator,union-attr]
         self._model = model
         self._architecture = architecture
@@ -74,7 +75,7 @@ class Span:
     ) -> torch.Tensor:
         if self.device.type == "cuda" and DecodeBatch.suits(chunks):
             return self.decode(hidden, DecodeBatch.of(chunks, cache, self.device), start, end)
-        batch = FlatBatch(chunks, cache, self.device, self.min_tokens)
+        batch = FlatBatch(chunks, cache, self.device, self._padded_size(len(hidden)))
         if batch.padding:  # with copies, which choose the same experts as the last token where a model has some
             hidden = torch.cat([hidden, hidden[-1:].expand(batch.padding, -1)])
         return self._run(hidden, batch, start, end)[: batch.num_tokens]

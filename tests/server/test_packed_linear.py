@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -14,7 +16,7 @@ from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan
 from swarm.server import packed_linear
 from swarm.server.loader import load_span
-from swarm.server.packed_linear import MIN_ROWS, PackedLinear, pack_linear_layers
+from swarm.server.packed_linear import PackedLinear, pack_linear_layers, padded_rows
 
 CPU = torch.device("cpu")
 
@@ -126,7 +128,7 @@ def test_it_is_measured_once_for_each_dtype_and_number_of_threads(verdict, monke
 def test_the_measurement_itself(verdict) -> None:
     """Either answer will do; what it leaves behind must compute the same."""
     verdict(None)
-    model, x = nn.Sequential(layer()), random(MIN_ROWS, 96)
+    model, x = nn.Sequential(layer()), random(4, 96)
     wanted = model(x)
     pack_linear_layers(model)
     with torch.inference_mode():
@@ -141,10 +143,40 @@ def test_a_span_has_the_same_output_either_way(
     span = load_span(tiny_checkpoint, BlockSpan(start=1, end=6), dtype=torch.float32, quantization="none", device=CPU)
     packed = any(isinstance(module, PackedLinear) for module in span._model.modules())
     assert packed is faster
-    assert span.min_tokens == (MIN_ROWS if faster else 1)
+    assert [span._padded_size(size) for size in (1, 5, 33)] == ([4, 6, 33] if faster else [1, 5, 33])
     replay = make_replay(span)
     long, short = (replay.open(hidden_at_boundaries(tiny_model, torch.arange(3, 3 + length))) for length in (12, 7))
     replay.run((long, 1))  # a batch of one token, and others below and above the size that is padded
     replay.run((long, 1), (short, 2))
     replay.run((short, 4))
     replay.run((long, 9), (short, 1))
+
+
+def test_padding_is_never_less_and_seldom_much_more() -> None:
+    sizes = [padded_rows(size) for size in range(1, 100)]
+    assert all(size >= number for number, size in enumerate(sizes, start=1))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes[:32])) == 7
+    assert sizes[32:] == list(range(33, 100))
+
+
+_MANY_SIZES = """
+import psutil, torch
+from torch import nn
+from swarm.server.packed_linear import PackedLinear
+torch.set_num_threads(1)
+layers = [PackedLinear(nn.Linear(64, outputs)) for outputs in (32, 64, 96, 128)]
+process = psutil.Process()
+with torch.inference_mode():
+    for rows in range(4, 404):
+        for layer in layers:
+            layer(torch.zeros(rows, 64))
+        if rows == 53:
+            before = process.memory_info().rss
+print(process.memory_info().rss - before)
+"""
+
+
+def test_many_sizes_of_batches_do_not_fill_the_memory_with_compiled_code() -> None:
+    grown = subprocess.run([sys.executable, "-c", _MANY_SIZES], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 30e6  # hundreds of megabytes with the libraries' own limits
