@@ -8,19 +8,18 @@ is faster depends on processor and library, so that is measured, once per proces
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from swarm.product_timing import sample_of, seconds
+
 #: More rows than this and the library's own product is at least as fast.
 MAX_ROWS = 4
 
 _BLOCK = 64  # outputs in one small product; 16 to 192 are alike
-_SAMPLE_BYTES = 64 * 2**20  # of weights to measure on: more than caches hold
-_ROUNDS = 3
 
 
 class FewRowsLinear(nn.Linear):
@@ -81,23 +80,6 @@ def _is_faster(layers: Sequence[nn.Linear]) -> bool:
 
 @torch.inference_mode()
 def _measure(layers: Sequence[nn.Linear]) -> bool:
-    sample, size = [], 0
-    for layer in layers:
-        sample.append((torch.ones(1, layer.in_features), layer.weight))
-        size += layer.weight.nbytes
-        if size >= _SAMPLE_BYTES:
-            break
-    best = {product: _seconds(product, sample) for product in (F.linear, blockwise_linear)}
+    sample = [(torch.ones(1, layer.in_features), layer.weight) for layer in sample_of(layers)]
+    best = {product: seconds(product, sample) for product in (F.linear, blockwise_linear)}
     return best[blockwise_linear] < best[F.linear]
-
-
-def _seconds(
-    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], sample: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> float:
-    times = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        for row, weight in sample:
-            product(row, weight)
-        times.append(time.perf_counter() - started)
-    return min(times)

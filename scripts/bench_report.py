@@ -17,6 +17,7 @@ import typer
 
 import swarm
 from swarm.errors import UsageError
+from swarm.processor import processor_name
 
 #: Libraries whose version may change a figure.
 LIBRARIES = ("torch", "transformers", "hivemind")
@@ -112,18 +113,11 @@ def describe_machine() -> dict[str, Any]:
     """load: processes that wanted a core in the last minute before we began; other work spoils figures."""
     return {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "load": os.getloadavg()[0],
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def versions() -> dict[str, str]:

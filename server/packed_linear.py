@@ -9,12 +9,13 @@ per process, on weights of the model at hand.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from swarm.product_timing import sample_of, seconds
 
 #: Rows for which weights are packed; oneDNN uses the same layout for any number.
 _PACKED_FOR = 16
@@ -27,9 +28,6 @@ for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 #: Small batches should be padded to one of these: there are fewer kinds then, and 1 to 3 rows take longer than 4.
 _PADDED = (4, 6, 8, 12, 16, 24, 32)
-
-_SAMPLE_BYTES = 64 * 2**20  # of weights to measure on: more than caches hold
-_ROUNDS = 3
 
 
 class PackedLinear(nn.Module):
@@ -114,24 +112,9 @@ def _is_faster(layers: Sequence[nn.Linear]) -> bool:
 
 @torch.inference_mode()
 def _measure(layers: Sequence[nn.Linear]) -> bool:
-    plain, packed, size = [], [], 0
-    for layer in layers:
-        rows = torch.ones(_PADDED[0], layer.in_features, dtype=layer.weight.dtype)
-        plain.append((rows, layer.weight))
-        packed.append((rows, _pack(layer.weight)))
-        size += layer.weight.nbytes
-        if size >= _SAMPLE_BYTES:
-            break
-    return _seconds(packed_product, packed) < _seconds(F.linear, plain)
-
-
-def _seconds(
-    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], sample: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> float:
-    times = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        for rows, weight in sample:
-            product(rows, weight)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    plain = [
+        (torch.ones(_PADDED[0], layer.in_features, dtype=layer.weight.dtype), layer.weight)
+        for layer in sample_of(layers)
+    ]
+    packed = [(rows, _pack(weight)) for rows, weight in plain]
+    return seconds(packed_product, packed) < seconds(F.linear, plain)

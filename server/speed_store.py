@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from swarm.cache_folder import cache_folder, replace_file
 from swarm.data_structures import DecodeTimes, Fingerprint, Frozen, NumericsTag, Rate
+from swarm.processor import processor_name
 from swarm.protocol import explain
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class SpeedKey(Frozen):
     @classmethod
     def here(cls, fingerprint: str, numerics: str, num_blocks: int, device: torch.device) -> SpeedKey:
         """For a span on a device of this machine, with torch's present number of threads."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
         return cls(
             fingerprint=fingerprint,
             numerics=numerics,
@@ -113,12 +113,3 @@ def device_to_ourselves(device: torch.device, patience: float = PATIENCE) -> Ite
 def _path(key: SpeedKey) -> Path:
     digest = hashlib.sha256(key.model_dump_json().encode()).hexdigest()
     return cache_folder() / "speeds" / f"{digest[:32]}.json"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -121,7 +121,7 @@ def test_it_is_measured_once_for_each_dtype_and_number_of_threads(verdict, monke
         asked.append(product)
         return float(product is F.linear)
 
-    monkeypatch.setattr(packed_linear, "_seconds", seconds)
+    monkeypatch.setattr(packed_linear, "seconds", seconds)
     monkeypatch.setattr(packed_linear, "_is_suitable", lambda layer: True)
     monkeypatch.setattr(packed_linear, "_pack", lambda weight: weight)
     for _ in range(2):
