@@ -93,7 +93,7 @@ def _attend_row(
         return output.reshape(query.shape)
     if variant.like_plain and row.num_tokens < row.length:
         key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
-    whole = row.num_tokens == row.length == key.shape[2] and (variant.window is None or row.length <= variant.window)
+    whole = row.num_tokens == row.length and (variant.window is None or row.length <= variant.window)
     return F.scaled_dot_product_attention(
         query,
         key,

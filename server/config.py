@@ -17,6 +17,8 @@ from pydantic import (
 
 from swarm.data_structures import BlockSpan
 
+from .eviction import EvictionLimits
+
 DTypeSetting = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
 QuantizationSetting = Literal["auto", "none", "int8", "nf4"]
@@ -81,18 +83,18 @@ class ServerConfig(BaseModel):
     Above 1, sessions are evicted when pages run out after all; their clients replay them.
     """
 
-    idle_protection: Seconds = 2.0
+    idle_protection: Seconds = EvictionLimits.idle_protection
     """With `cache_overcommit`: a session that stepped within this many seconds is not evicted as idle."""
 
-    turn_time: Seconds = 10.0
+    turn_time: Seconds = EvictionLimits.turn_time
     """With `cache_overcommit`, while more sessions are active than fit: how long a step waits before a session that
     has held cache for as long is evicted for it."""
 
-    replay_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    replay_share: Annotated[float, Field(gt=0, le=1)] = EvictionLimits.replay_share
     """With `cache_overcommit`: part of the server's time that replays may take of sessions whose turn was over.
     Where that is too little for turns of `turn_time`, turns are longer."""
 
-    page_wait_limit: Seconds = 45.0
+    page_wait_limit: Seconds = EvictionLimits.page_wait_limit
     """With `cache_overcommit`: a step that waited for cache this long is refused. Below clients' `request_timeout`."""
 
     page_size: Annotated[int, Field(ge=1, le=4096)] = 64

@@ -7,6 +7,7 @@ or quantised would lie in memory twice. So the peak is the finished span and wha
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def load_span(
     quantization: Quantization,
     device: torch.device,
 ) -> Span:
-    """Load blocks [start, end). Unquantised weights stay memory-mapped where file and server agree on the dtype.
+    """Load blocks [start, end). Weights that are neither converted, quantised nor packed stay memory-mapped.
 
     Raises BadSpan if the span lies outside the model, NotSupported for a model family that cannot be split.
     """
@@ -67,8 +68,7 @@ def load_span(
                 finish_layers(block, dtype)
             elif pack_linear_layers(block):
                 packed = True
-                for parameter in block.parameters():  # what is left, norms mostly: let go of the file
-                    parameter.data = parameter.data.clone()
+                _let_go_of_file(block.parameters())  # what is not packed: norms mostly
             blocks.append(block)
     setattr(model, architecture.norm, nn.Identity())
     use_paged_attention(model, like_plain=quantized is not None)
@@ -138,10 +138,14 @@ def _load_block(checkpoint: Checkpoint, architecture: Architecture, number: int,
     parameters = list(block.parameters())
     views = [parameter for parameter in parameters if parameter.untyped_storage().data_ptr() in mapped]
     if len(views) < len(parameters):
-        # A view of a file keeps all of the file in memory that was read through it.
-        for parameter in views:
-            parameter.data = parameter.data.clone()
+        _let_go_of_file(views)
     return block
+
+
+def _let_go_of_file(views: Iterable[nn.Parameter]) -> None:
+    """Copy what may be a view of a file, which keeps all of the file in memory that was read through it."""
+    for parameter in views:
+        parameter.data = parameter.data.clone()
 
 
 def _move_in(block: nn.Module, index: int, config: PretrainedConfig) -> None:
