@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from .bench_processes import RESULT
+from .bench_processes import print_result
 from .bench_watchers import run_client_watch, run_echo_watch
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def run_generator(model: str, dtype: str, prompt_tokens: str, new_tokens: str, s
         generate_remotely(remote, prompt, 2)
         print("READY", flush=True)
         for _ in sys.stdin:
-            _print_result(tokens=generate_remotely(remote, prompt, int(new_tokens)).tokens)
+            print_result(tokens=generate_remotely(remote, prompt, int(new_tokens)).tokens)
 
 
 def run_crowd(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *initial_peers: str) -> None:
@@ -91,7 +90,7 @@ def run_crowd(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *init
             started = time.perf_counter()
             with ThreadPoolExecutor(count) as pool:
                 done = list(pool.map(run, range(count)))
-            _print_result(
+            print_result(
                 seconds=time.perf_counter() - started,
                 tokens=[generation.tokens for generation, _ in done],
                 gaps=[generation.longest_gap for generation, _ in done],
@@ -101,33 +100,19 @@ def run_crowd(model: str, dtype: str, prompt_tokens: str, new_tokens: str, *init
 
 
 def run_echo(model: str, dtype: str, prompt_tokens: str, steps: str, *initial_peers: str) -> None:
-    import torch
+    from .bench_echo import EchoSessions
 
-    from swarm.checkpoint import open_checkpoint
-    from swarm.client.config import ClientConfig
-    from swarm.client.model import SwarmConnection
-    from swarm.data_structures import BlockSpan
-    from swarm.protocol import RowSlice
-    from swarm.tensors import DTYPES
-
-    torch.set_num_threads(1)
-    checkpoint = open_checkpoint(model)
-    connection = SwarmConnection(checkpoint, ClientConfig(initial_peers=initial_peers))
-    length, num_steps = int(prompt_tokens), int(steps)
-    hidden = torch.randn(length, checkpoint.config.get_text_config().hidden_size).to(DTYPES[dtype])
+    echo, num_steps = EchoSessions(model, dtype, int(prompt_tokens), initial_peers), int(steps)
 
     async def run(num_sessions: int) -> float:
-        max_length = length + num_steps
-        span = BlockSpan(start=0, end=connection.num_blocks)
-        (link,) = await connection.router.find_chain(span, cache_tokens=max_length)
-        sessions = [await connection.client.open(link, num_rows=1, max_length=max_length) for _ in range(num_sessions)]
+        sessions = await echo.open(num_sessions, num_steps)
         for session in sessions:
-            await session.step([RowSlice(0, 0, length)], hidden)
+            await echo.prefill(session)
         started = time.perf_counter()
 
         async def decode(session: OpenSpan) -> None:
-            for position in range(length, max_length):
-                await session.step([RowSlice(0, position, 1)], hidden[-1:])
+            for number in range(num_steps):
+                await echo.step(session, number)
 
         await asyncio.gather(*map(decode, sessions))
         elapsed = time.perf_counter() - started
@@ -137,12 +122,8 @@ def run_echo(model: str, dtype: str, prompt_tokens: str, steps: str, *initial_pe
 
     print("READY", flush=True)
     for line in sys.stdin:
-        _print_result(seconds=connection.thread.run(run(int(line))))
-    connection.thread.stop()
-
-
-def _print_result(**values: object) -> None:
-    print(RESULT + json.dumps(values), flush=True)
+        print_result(seconds=echo.thread.run(run(int(line))))
+    echo.thread.stop()
 
 
 def run_imports(model: str, *modules: str) -> None:

@@ -13,11 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.errors import SwarmError
-
-from .bench_decode import DType, choose_threads, even_spans, load_local
-from .bench_report import JsonFile, Model, NewTokens, PromptTokens, Report, Runs, check_writable
-from .models import demo_model_folder
+from .bench_decode import choose_threads, even_spans, load_local
+from .bench_report import (
+    DType,
+    JsonFile,
+    Model,
+    NewTokens,
+    Precision,
+    PromptTokens,
+    Report,
+    Runs,
+    ServerThreads,
+    run_benchmark,
+)
 
 if TYPE_CHECKING:
     from .bench_processes import ChildProcess
@@ -35,27 +43,23 @@ def concurrent(
     prompt_tokens: PromptTokens = 16,
     new_tokens: NewTokens = 64,
     runs: Runs = 3,
-    dtype: Annotated[DType, typer.Option(help="Of weights and activations everywhere.")] = DType.FLOAT32,
-    server_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the server.")] = 1,
+    dtype: Precision = DType.FLOAT32,
+    server_threads: ServerThreads = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Aggregate speed of many sessions on one server, beside plain transformers on a batch of the same rows."""
-    from rich.console import Console
-
-    check_writable(json_file)
-    with Console(stderr=True).status("preparing the model") as status:
-        report = measure(
-            str(demo_model_folder()) if model is None else model,
-            sessions=sorted({1, *sessions}),
-            num_clients=clients,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            runs=runs,
-            dtype=dtype.value,
-            server_threads=server_threads,
-            progress=lambda text: status.update(text),
-        )
-    report.publish(json_file)
+    run_benchmark(
+        measure,
+        model,
+        json_file,
+        sessions=sorted({1, *sessions}),
+        num_clients=clients,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        dtype=dtype.value,
+        server_threads=server_threads,
+    )
 
 
 def measure(
@@ -72,7 +76,6 @@ def measure(
 ) -> Report:
     """Run the benchmark. Raises SwarmError if a client's tokens are not those of its solo run in plain transformers."""
     import torch
-    import transformers
 
     from swarm.architectures import num_blocks
     from swarm.checkpoint import open_checkpoint
@@ -101,7 +104,6 @@ def measure(
     with ExitStack() as stack:
         progress("starting a server")
         swarm = stack.enter_context(LocalSwarm(model, [str(whole)], flags=flags))
-        transformers.utils.logging.disable_progress_bar()
         local, batching = load_local(checkpoint, dtype), load_local(checkpoint, dtype)
         progress("choosing the local model's threads")
         local_threads = choose_threads(report, lambda: generate(local, prompts[0], new_tokens))
@@ -119,7 +121,7 @@ def measure(
         for child in (echo, *generators):
             child.wait_for("READY")
 
-        speeds: dict[str, list[float]] = {}
+        rounds = []
         for number in range(runs + 1):
             progress(f"round {number} of {runs}" if number else "warming up")
             with threads(local_threads):
@@ -132,17 +134,14 @@ def measure(
                 figures[f"echo: {count} session{'s'[: count > 1]}"] = _echo_speed(echo, count, new_tokens)
             for count in sorted({1, num_clients}):
                 figures[f"clients: {count}"] = _client_speed(generators[:count], expected)
-            if number:  # the first warms up
-                for name, speed in figures.items():
-                    speeds.setdefault(name, []).append(speed)
-    for name, column in speeds.items():
-        report.add(name, "tokens/s", column)
+            rounds.append({(name, "tokens/s"): speed for name, speed in figures.items()})
+    report.add_rounds(rounds[1:])  # the first warms up
     _add_ratios(report, sessions, num_clients)
     return report
 
 
 def _add_ratios(report: Report, sessions: Sequence[int], num_clients: int) -> None:
-    medians = {result.name: result.median for result in report.results}
+    medians = report.medians
     for count in sessions[1:]:
         report.ratios[f"echo: {count} sessions / 1"] = medians[f"echo: {count} sessions"] / medians["echo: 1 session"]
     report.ratios["clients: 1 / local: 1 row"] = medians["clients: 1"] / medians["local: 1 row"]
@@ -193,12 +192,13 @@ def _echo_speed(echo: ChildProcess, num_sessions: int, steps: int) -> float:
 
 def _client_speed(generators: Sequence[ChildProcess], expected: Sequence[Sequence[int]]) -> float:
     """Tokens/s of clients that begin together, prefill and opening their sessions included."""
+    from .bench_generation import check_same
+
     started = time.perf_counter()
     for generator in generators:
         generator.ask("")
     tokens = [generator.answer()["tokens"] for generator in generators]
     elapsed = time.perf_counter() - started
     for ours, theirs in zip(tokens, expected, strict=False):
-        if ours != theirs:
-            raise SwarmError(f"a client generated {ours} beside others, but plain transformers {theirs}")
+        check_same(ours, theirs)
     return sum(map(len, tokens)) / elapsed

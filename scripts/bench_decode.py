@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,25 +14,29 @@ import typer
 
 from swarm.data_structures import BlockSpan
 
-from .bench_report import JsonFile, Model, NewTokens, PromptTokens, Report, Runs, check_writable
-from .models import demo_model_folder
+from .bench_report import (
+    MILLISECONDS,
+    DType,
+    JsonFile,
+    Model,
+    NewTokens,
+    Precision,
+    PromptTokens,
+    Report,
+    Runs,
+    ServerThreads,
+    run_benchmark,
+)
 
 if TYPE_CHECKING:
     from swarm.checkpoint import Checkpoint
+    from swarm.server.config import Quantization
 
     from .bench_generation import Generation
 
 #: Thread counts that the baseline may choose from, and runs of each before it chooses.
 LOCAL_THREADS = (1, 2)
 CALIBRATION_RUNS = 3
-
-MILLISECONDS = 1000.0
-
-
-class DType(StrEnum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 def decode(
@@ -42,28 +45,24 @@ def decode(
     prompt_tokens: PromptTokens = 16,
     new_tokens: NewTokens = 64,
     runs: Runs = 5,
-    dtype: Annotated[DType, typer.Option(help="Of weights and activations everywhere.")] = DType.FLOAT32,
+    dtype: Precision = DType.FLOAT32,
     client_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the client.")] = 1,
-    server_threads: Annotated[int, typer.Option(min=1, help="CPU threads of each server.")] = 1,
+    server_threads: ServerThreads = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Decode speed of one server and of a chain, beside plain transformers in the same run."""
-    from rich.console import Console
-
-    check_writable(json_file)
-    with Console(stderr=True).status("preparing the model") as status:
-        report = measure(
-            str(demo_model_folder()) if model is None else model,
-            num_servers=servers,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            runs=runs,
-            dtype=dtype.value,
-            client_threads=client_threads,
-            server_threads=server_threads,
-            progress=lambda text: status.update(text),
-        )
-    report.publish(json_file)
+    run_benchmark(
+        measure,
+        model,
+        json_file,
+        num_servers=servers,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        dtype=dtype.value,
+        client_threads=client_threads,
+        server_threads=server_threads,
+    )
 
 
 def measure(
@@ -79,7 +78,6 @@ def measure(
     progress: Callable[[str], None],
 ) -> Report:
     """Run the benchmark. Raises SwarmError if the swarm's tokens are not those of the local model."""
-    import transformers
 
     from swarm.architectures import num_blocks
     from swarm.checkpoint import open_checkpoint
@@ -111,7 +109,6 @@ def measure(
             progress(f"starting a swarm of {name_of(chain)}")
             swarms.append(stack.enter_context(LocalSwarm(model, [str(span) for span in chain], flags=flags)))
         progress("loading the whole model")
-        transformers.utils.logging.disable_progress_bar()
         local = load_local(checkpoint, dtype)
         clients = [stack.enter_context(client(model, swarm.initial_peers, dtype)) for swarm in swarms]
 
@@ -162,7 +159,7 @@ def summarize(report: Report, names: Sequence[str], rounds: Sequence[Sequence[Ge
             for short, long in zip(one, several, strict=True)
         ],
     )
-    medians = {result.name: result.median for result in report.results}
+    medians = report.medians
     for name in names:
         for kind in ("decode", "end to end"):
             report.ratios[f"{name} / local: {kind}"] = medians[f"{name}: {kind}"] / medians[f"local: {kind}"]
@@ -191,16 +188,29 @@ def choose_threads(report: Report, run: Callable[[], Generation]) -> int:
     return max(LOCAL_THREADS, key=lambda count: results[count].median)
 
 
-def load_local(checkpoint: Checkpoint, dtype: str) -> Any:
+def load_local(checkpoint: Checkpoint, dtype: str, quantization: Quantization = "none", device: str = "cpu") -> Any:
+    """Plain transformers with these weights, quantised as servers do it."""
     from transformers import AutoModelForCausalLM
 
+    from swarm.quiet import quiet_loading
+    from swarm.server.quantization import quantization_config
     from swarm.tensors import DTYPES
 
     from .bench_generation import never_ending
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.source, revision=checkpoint.revision, dtype=DTYPES[dtype], attn_implementation="sdpa"
-    )
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        options["quantization_config"] = quantization_config(quantization, DTYPES[dtype])
+    if quantization != "none" or device != "cpu":
+        options["device_map"] = device
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source,
+            revision=checkpoint.revision,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            **options,
+        )
     return never_ending(model.eval())
 
 

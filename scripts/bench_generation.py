@@ -115,13 +115,17 @@ def client(model: str, initial_peers: Sequence[str], dtype: str) -> Iterator[Any
 
 def check_tokens(generations: Sequence[Generation]) -> None:
     """Raises SwarmError if one generation is not like the first: a speed means nothing for wrong tokens."""
-    expected = generations[0].tokens
     for generation in generations[1:]:
-        if generation.tokens != expected:
-            raise SwarmError(
-                f"the swarm generated {generation.tokens}, but the local model {expected}; "
-                "in 16-bit types this may be rounding: use --dtype float32"
-            )
+        check_same(generation.tokens, generations[0].tokens)
+
+
+def check_same(found: Sequence[int], expected: Sequence[int]) -> None:
+    """Raises SwarmError if the swarm's tokens are not those of plain transformers."""
+    if list(found) != list(expected):
+        raise SwarmError(
+            f"the swarm generated {found}, but the local model {expected}; "
+            "in 16-bit types this may be rounding: use --dtype float32"
+        )
 
 
 def never_ending(model: Any) -> Any:

@@ -7,15 +7,22 @@ from typing import Annotated
 
 import typer
 
-from .bench_decode import DType
-from .bench_report import JsonFile, Model, NewTokens, PromptTokens, Report, Runs, check_writable
-from .models import demo_model_folder
+from .bench_report import (
+    MEGABYTE,
+    DType,
+    JsonFile,
+    Model,
+    NewTokens,
+    Precision,
+    PromptTokens,
+    Report,
+    Runs,
+    run_benchmark,
+)
 
 #: What the two programs import before they read any weights.
 SERVER_MODULES = ("swarm.scripts.main", "swarm.scripts.run_server", "swarm.scripts.serving", "swarm.server.server")
 CLIENT_MODULES = ("swarm.client.model", "swarm.scripts.bench_generation")
-
-MEGABYTE = 1e6
 
 
 def memory(
@@ -24,24 +31,20 @@ def memory(
     prompt_tokens: PromptTokens = 16,
     new_tokens: NewTokens = 64,
     runs: Runs = 5,
-    dtype: Annotated[DType, typer.Option(help="Of weights and activations everywhere.")] = DType.FLOAT32,
+    dtype: Precision = DType.FLOAT32,
     json_file: JsonFile = None,
 ) -> None:
     """Peak memory of a server and of a client after a generation."""
-    from rich.console import Console
-
-    check_writable(json_file)
-    with Console(stderr=True).status("preparing the model") as status:
-        report = measure(
-            str(demo_model_folder()) if model is None else model,
-            num_servers=servers,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            runs=runs,
-            dtype=dtype.value,
-            progress=lambda text: status.update(text),
-        )
-    report.publish(json_file)
+    run_benchmark(
+        measure,
+        model,
+        json_file,
+        num_servers=servers,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        dtype=dtype.value,
+    )
 
 
 def measure(

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.errors import SwarmError
-
-from .bench_decode import DType, even_spans, load_local
-from .bench_report import JsonFile, Model, NewTokens, PromptTokens, Report, Runs, check_writable
-from .models import demo_model_folder
+from .bench_decode import even_spans, load_local
+from .bench_report import (
+    DType,
+    JsonFile,
+    Model,
+    NewTokens,
+    Precision,
+    PromptTokens,
+    Report,
+    Runs,
+    ServerThreads,
+    run_benchmark,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,27 +37,23 @@ def overcommit(
     prompt_tokens: PromptTokens = 16,
     new_tokens: NewTokens = 112,
     runs: Runs = 1,
-    dtype: Annotated[DType, typer.Option(help="Of weights and activations everywhere.")] = DType.FLOAT32,
-    server_threads: Annotated[int, typer.Option(min=1, help="CPU threads of the server.")] = 1,
+    dtype: Precision = DType.FLOAT32,
+    server_threads: ServerThreads = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Aggregate speed of four times the sessions that a cache holds, all active, beside as many as it holds."""
-    from rich.console import Console
-
-    check_writable(json_file)
-    with Console(stderr=True).status("preparing the model") as status:
-        report = measure(
-            str(demo_model_folder()) if model is None else model,
-            num_sessions=sessions,
-            factor=factor,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            runs=runs,
-            dtype=dtype.value,
-            server_threads=server_threads,
-            progress=lambda text: status.update(text),
-        )
-    report.publish(json_file)
+    run_benchmark(
+        measure,
+        model,
+        json_file,
+        num_sessions=sessions,
+        factor=factor,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        dtype=dtype.value,
+        server_threads=server_threads,
+    )
 
 
 def measure(
@@ -98,20 +102,20 @@ def measure(
     flags = ["--dtype", dtype, "--threads", str(server_threads)]
     flags += ["--cache-tokens", str(cache_tokens), "--cache-overcommit", str(factor)]
     progress("starting a server and clients")
-    figures: dict[tuple[str, str], list[float]] = {}
+    rounds = []
     with (
         LocalSwarm(model, [str(whole)], flags=flags) as swarm,
         ChildProcess("crowd", model, dtype, str(prompt_tokens), str(new_tokens), *swarm.initial_peers) as crowd,
     ):
         crowd.wait_for("READY")
-        for number in range(runs):
+        for number in range(1, runs + 1):
+            figures: dict[tuple[str, str], float] = {}
             for count in (num_sessions, many):
-                progress(f"run {number + 1} of {runs}: {count} sessions")
-                for key, figure in _run(crowd, count, new_tokens, reference).items():
-                    figures.setdefault(key, []).append(figure)
-    for (name, unit), column in figures.items():
-        report.add(name, unit, column)
-    medians = {result.name: result.median for result in report.results}
+                progress(f"run {number} of {runs}: {count} sessions")
+                figures |= _run(crowd, count, new_tokens, reference)
+            rounds.append(figures)
+    report.add_rounds(rounds)
+    medians = report.medians
     for name in ("speed", "longest gap between tokens"):
         ratio = medians[f"{many} sessions: {name}"] / medians[f"{num_sessions} sessions: {name}"]
         report.ratios[f"{name}: {many} sessions / {num_sessions}"] = ratio
@@ -146,14 +150,12 @@ class Reference:
 
         Where a batch of rows rounds otherwise than the row alone, the row alone decides.
         """
+        from .bench_generation import check_same
+
         for index, tokens in enumerate(found):
             if tokens != self._tokens[index]:
                 self._tokens[index] = self._generate(self._prompts[index])[0]
-            if tokens != self._tokens[index]:
-                raise SwarmError(
-                    f"session {index} generated {tokens}, but plain transformers {self._tokens[index]}; "
-                    "in 16-bit types this may be rounding: use --dtype float32"
-                )
+            check_same(tokens, self._tokens[index])
 
     def _generate(self, prompts: torch.Tensor) -> list[list[int]]:
         import torch

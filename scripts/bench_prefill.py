@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.errors import SwarmError
-
-from .bench_decode import MILLISECONDS, DType, even_spans, load_local
-from .bench_report import JsonFile, Model, Report, Runs, check_writable
-from .models import demo_model_folder
+from .bench_decode import even_spans, load_local
+from .bench_report import MILLISECONDS, DType, JsonFile, Model, Precision, Report, Runs, run_benchmark
 
 if TYPE_CHECKING:
     import torch
@@ -42,26 +39,22 @@ def prefill(
     long_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt that comes beside others.")] = 2000,
     sessions: Annotated[int, typer.Option(min=1, help="That decode beside it, of either kind.")] = 4,
     runs: Runs = 3,
-    dtype: Annotated[DType, typer.Option(help="Of weights and activations everywhere.")] = DType.FLOAT32,
+    dtype: Precision = DType.FLOAT32,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of plain transformers and of each server.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Speed of reading a prompt beside plain transformers, and how far a long one holds up sessions that decode."""
-    from rich.console import Console
-
-    check_writable(json_file)
-    with Console(stderr=True).status("preparing the model") as status:
-        report = measure(
-            str(demo_model_folder()) if model is None else model,
-            prompt_tokens=prompt_tokens,
-            long_prompt_tokens=long_prompt_tokens,
-            num_sessions=sessions,
-            runs=runs,
-            dtype=dtype.value,
-            num_threads=threads,
-            progress=lambda text: status.update(text),
-        )
-    report.publish(json_file)
+    run_benchmark(
+        measure,
+        model,
+        json_file,
+        prompt_tokens=prompt_tokens,
+        long_prompt_tokens=long_prompt_tokens,
+        num_sessions=sessions,
+        runs=runs,
+        dtype=dtype.value,
+        num_threads=threads,
+    )
 
 
 def measure(
@@ -79,7 +72,6 @@ def measure(
 
     A time to the first token is the user's: opening the session, embeddings and head included.
     """
-    import transformers
 
     from swarm.architectures import num_blocks
     from swarm.checkpoint import open_checkpoint
@@ -105,7 +97,6 @@ def measure(
     watched_prompt = random_prompt(checkpoint.config, WATCHER_PROMPT)
     with ExitStack() as stack:
         progress("computing what is right")
-        transformers.utils.logging.disable_progress_bar()
         local = load_local(checkpoint, dtype)
         with threads(num_threads):
             expected = {prompt: generate(local, prompt, NEW_TOKENS).tokens for prompt in (short, long)}
@@ -125,7 +116,7 @@ def measure(
                 child.wait_for("READY")
             scenes.append(Scene(name, remote, {"echo": [echo], "clients": clients}, expected, watched))
 
-        columns: dict[tuple[str, str], list[float]] = {}
+        rounds = []
         for number in range(runs + 1):
             figures = {}
             progress(f"round {number} of {runs}" if number else "warming up")
@@ -136,11 +127,8 @@ def measure(
                 figures[f"1 server: {prompt_tokens} tokens", "tokens/s"] = prompt_tokens / scenes[0].read(short)
                 for scene in scenes:
                     figures |= scene.measure(long)
-            if number:  # the first warms up
-                for name_and_unit, figure in figures.items():
-                    columns.setdefault(name_and_unit, []).append(figure)
-    for (name, unit), column in columns.items():
-        report.add(name, unit, column)
+            rounds.append(figures)
+    report.add_rounds(rounds[1:])  # the first warms up
     _add_ratios(report, prompt_tokens)
     return report
 
@@ -157,14 +145,16 @@ class Scene:
 
     def read(self, prompt: torch.Tensor) -> float:
         """Seconds to the first token after a prompt."""
-        from .bench_generation import generate_remotely
+        from .bench_generation import check_same, generate_remotely
 
         generation = generate_remotely(self.remote, prompt, NEW_TOKENS)
-        _check(generation.tokens, self.expected[prompt])
+        check_same(generation.tokens, self.expected[prompt])
         return generation.first
 
     def measure(self, prompt: torch.Tensor) -> dict[tuple[str, str], float]:
         """Figures by name and unit: the prompt alone, and beside watchers of each kind."""
+        from .bench_generation import check_same
+
         figures = {(f"{self.name}: first token, alone", "s"): self.read(prompt)}
         for kind, children in self.watchers.items():
             for child in children:
@@ -177,7 +167,7 @@ class Scene:
                 child.ask("stop")
             answers = [child.answer() for child in children]
             for answer in answers:
-                _check(answer.get("tokens", self.watched)[: len(self.watched)], self.watched)
+                check_same(answer.get("tokens", self.watched)[: len(self.watched)], self.watched)
             stamps = [session for answer in answers for session in answer["stamps"]]
             before, beside = split_gaps(stamps, started, started + first)
             figures |= {
@@ -205,7 +195,7 @@ def split_gaps(stamps: Sequence[Sequence[float]], start: float, end: float) -> t
 
 
 def _add_ratios(report: Report, prompt_tokens: int) -> None:
-    medians = {result.name: result.median for result in report.results}
+    medians = report.medians
     speeds = (medians[f"{where}: {prompt_tokens} tokens"] for where in ("1 server", "local"))
     report.ratios["1 server / local"] = next(speeds) / next(speeds)
     for name in SERVERS:
@@ -217,8 +207,3 @@ def _add_ratios(report: Report, prompt_tokens: int) -> None:
             report.ratios[f"{name}, {kind}: largest gap / usual"] = largest / usual
             beside, alone = medians[f"{name}: first token, beside {kind}"], medians[f"{name}: first token, alone"]
             report.ratios[f"{name}, {kind}: first token beside / alone"] = beside / alone
-
-
-def _check(tokens: Sequence[int], expected: Sequence[int]) -> None:
-    if list(tokens) != list(expected):
-        raise SwarmError(f"the swarm generated {tokens}, but plain transformers {expected}")

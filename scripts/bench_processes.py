@@ -24,6 +24,11 @@ TIMEOUT = 300.0
 RESULT = "RESULT "
 
 
+def print_result(**values: object) -> None:
+    """What a child does to be read by `ChildProcess.answer`."""
+    print(RESULT + json.dumps(values), flush=True)
+
+
 class ChildProcess:
     """A `bench_child` process: a context manager that leaves nothing behind."""
 

@@ -16,8 +16,7 @@ import typer
 
 from swarm.errors import UsageError
 
-from .bench_report import JsonFile, Model, PromptTokens, Report, Runs, check_writable
-from .models import demo_model_folder
+from .bench_report import MEGABYTE, MILLISECONDS, JsonFile, Model, PromptTokens, Report, Runs, run_benchmark
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +30,16 @@ WINDOW = 256
 DECODE_AFTER = 64
 WARM_UP_STEPS = 2
 
-MEGABYTE = 1e6
-MILLISECONDS = 1e3
-
 
 class Kind(NamedTuple):
-    """One way to hold the blocks. Quantised ones keep activations in float32."""
+    """One way to hold the blocks. dtype: of activations, and of weights that are not quantised."""
 
     name: str
     dtype: str
     quantization: Quantization
 
 
+#: Quantised ones keep activations in float32.
 KINDS = (
     Kind("float32", "float32", "none"),
     Kind("bfloat16", "bfloat16", "none"),
@@ -66,21 +63,17 @@ def quantization(
     json_file: JsonFile = None,
 ) -> None:
     """Bytes per block, agreement with float32 and speed of every kind of weights."""
-    from rich.console import Console
-
-    check_writable(json_file)
-    with Console(stderr=True).status("preparing the model") as status:
-        report = measure(
-            str(demo_model_folder()) if model is None else model,
-            text=_read_text(text),
-            num_tokens=tokens,
-            prompt_tokens=prompt_tokens,
-            steps=steps,
-            runs=runs,
-            threads=threads,
-            progress=lambda doing: status.update(doing),
-        )
-    report.publish(json_file)
+    run_benchmark(
+        measure,
+        model,
+        json_file,
+        text=_read_text(text),
+        num_tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        steps=steps,
+        runs=runs,
+        threads=threads,
+    )
 
 
 def _read_text(file: Path | None) -> str:

@@ -7,8 +7,9 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +23,22 @@ from swarm.processor import processor_name
 #: Libraries whose version may change a figure.
 LIBRARIES = ("torch", "transformers", "hivemind")
 
+MILLISECONDS = 1000.0  # in a second
+MEGABYTE = 1e6  # bytes
+
+
+class DType(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 Model = Annotated[str | None, typer.Option(help="A local folder or hub id instead of the demo's SmolLM2.")]
 Runs = Annotated[int, typer.Option(min=1, help="Measured runs of everything; the median counts.")]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Length of the random prompt.")]
 NewTokens = Annotated[int, typer.Option(min=2, help="Generated after it, greedily.")]
+Precision = Annotated[DType, typer.Option(help="Of weights and activations everywhere.")]
+ServerThreads = Annotated[int, typer.Option(min=1, help="CPU threads of each server.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
 
@@ -59,6 +72,16 @@ class Report:
         result = Result(name, unit, tuple(runs))
         self.results.append(result)
         return result
+
+    def add_rounds(self, rounds: Sequence[Mapping[tuple[str, str], float]]) -> None:
+        """Add what every round measured: figures by name and unit."""
+        for name, unit in rounds[0]:
+            self.add(name, unit, [figures[name, unit] for figures in rounds])
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """Of all results so far, by name."""
+        return {result.name: result.median for result in self.results}
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -101,6 +124,25 @@ class Report:
 
 def _rounded(figure: float) -> str:
     return f"{figure:.0f}" if abs(figure) >= 1000 else f"{figure:.3g}"
+
+
+def run_benchmark(measure: Callable[..., Report], model: str | None, json_file: Path | None, **settings: Any) -> None:
+    """Call `measure(model, progress=..., **settings)` and publish its report. model: None is the demo's.
+
+    What it is doing stands on the screen meanwhile.
+    """
+    from rich.console import Console
+
+    from .models import demo_model_folder
+
+    check_writable(json_file)
+    with Console(stderr=True).status("preparing the model") as status:
+        report = measure(
+            str(demo_model_folder()) if model is None else model,
+            progress=lambda text: status.update(text),
+            **settings,
+        )
+    report.publish(json_file)
 
 
 def check_writable(file: Path | None) -> None:

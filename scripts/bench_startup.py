@@ -10,9 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .bench_decode import DType
-from .bench_report import JsonFile, Model, PromptTokens, Report, Runs, check_writable
-from .models import demo_model_folder
+from .bench_report import DType, JsonFile, Model, Precision, PromptTokens, Report, Runs, run_benchmark
 
 #: The spans in which the model is served.
 CHAIN_LENGTH = 3
@@ -26,24 +24,20 @@ def startup(
     prompt_tokens: PromptTokens = 16,
     runs: Runs = 5,
     warm_up: Annotated[bool, typer.Option(help="One run more, not counted, so that files are cached.")] = True,
-    dtype: Annotated[DType, typer.Option(help="Of weights and activations everywhere.")] = DType.FLOAT32,
+    dtype: Precision = DType.FLOAT32,
     json_file: JsonFile = None,
 ) -> None:
     """Time to READY of one server and of several at once, to a client's first token, and of `swarm --help`."""
-    from rich.console import Console
-
-    check_writable(json_file)
-    with Console(stderr=True).status("preparing the model") as status:
-        report = measure(
-            str(demo_model_folder()) if model is None else model,
-            num_servers=servers,
-            prompt_tokens=prompt_tokens,
-            runs=runs,
-            warm_up=warm_up,
-            dtype=dtype.value,
-            progress=lambda text: status.update(text),
-        )
-    report.publish(json_file)
+    run_benchmark(
+        measure,
+        model,
+        json_file,
+        num_servers=servers,
+        prompt_tokens=prompt_tokens,
+        runs=runs,
+        warm_up=warm_up,
+        dtype=dtype.value,
+    )
 
 
 def measure(

@@ -8,14 +8,13 @@ on the clock of `time.perf_counter`, which on Linux all processes share.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .bench_processes import RESULT
+from .bench_processes import print_result
 
 if TYPE_CHECKING:
     from swarm.client.block_client import OpenSpan
@@ -30,45 +29,30 @@ MAX_TOKENS = 1024
 
 def run_echo_watch(model: str, dtype: str, prompt_tokens: str, num_sessions: str, *initial_peers: str) -> None:
     """Sessions without a model: they send a row back and forth."""
-    import torch
+    from .bench_echo import EchoSessions
 
-    from swarm.checkpoint import open_checkpoint
-    from swarm.client.config import ClientConfig
-    from swarm.client.model import SwarmConnection
-    from swarm.data_structures import BlockSpan
-    from swarm.protocol import RowSlice
-    from swarm.tensors import DTYPES
-
-    torch.set_num_threads(1)
-    checkpoint = open_checkpoint(model)
-    connection = SwarmConnection(checkpoint, ClientConfig(initial_peers=initial_peers))
-    length = int(prompt_tokens)
-    hidden = torch.randn(length, checkpoint.config.get_text_config().hidden_size).to(DTYPES[dtype])
+    echo = EchoSessions(model, dtype, int(prompt_tokens), initial_peers)
 
     async def decode(session: OpenSpan, stop: threading.Event, on_quiet: Callable[[], None]) -> list[float]:
-        await session.step([RowSlice(0, 0, length)], hidden)
+        await echo.prefill(session)
         stamps = [time.perf_counter()]
         while not stop.is_set():
-            await session.step([RowSlice(0, length + len(stamps) % ECHO_WINDOW - 1, 1)], hidden[-1:])
+            await echo.step(session, len(stamps) % ECHO_WINDOW - 1)
             stamps.append(time.perf_counter())
             if len(stamps) == QUIET_TOKENS:
                 on_quiet()
         return stamps
 
     async def watch(stop: threading.Event, on_quiet: Callable[[], None]) -> list[list[float]]:
-        max_length = length + ECHO_WINDOW
-        span = BlockSpan(start=0, end=connection.num_blocks)
-        (link,) = await connection.router.find_chain(span, cache_tokens=max_length)
-        opening = [connection.client.open(link, num_rows=1, max_length=max_length) for _ in range(int(num_sessions))]
-        sessions = await asyncio.gather(*opening)
+        sessions = await echo.open(int(num_sessions), ECHO_WINDOW)
         quiet = _Countdown(len(sessions), on_quiet)
         stamps = await asyncio.gather(*(decode(session, stop, quiet.one_more) for session in sessions))
         for session in sessions:
             session.close()
         return stamps
 
-    _serve_orders(lambda stop, on_quiet: {"stamps": connection.thread.run(watch(stop, on_quiet))})
-    connection.thread.stop()
+    _serve_orders(lambda stop, on_quiet: {"stamps": echo.thread.run(watch(stop, on_quiet))})
+    echo.thread.stop()
 
 
 def run_client_watch(model: str, dtype: str, prompt_tokens: str, *initial_peers: str) -> None:
@@ -126,4 +110,4 @@ def _serve_orders(watch: Callable[[threading.Event, Callable[[], None]], dict[st
         waiting.start()
         result = watch(stop, lambda: print("RUNNING", flush=True))
         waiting.join()
-        print(RESULT + json.dumps(result), flush=True)
+        print_result(**result)

@@ -12,30 +12,21 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from swarm.errors import SwarmError
 
+from .bench_quantization import Kind
+
 if TYPE_CHECKING:
     import torch
-
-    from swarm.server.config import Quantization
 
     from .bench_processes import ChildProcess
 
 PROMPT_TOKENS = 16
-
-
-class Kind(NamedTuple):
-    """Weights and activations of one round. name: as printed and as given to --kind."""
-
-    name: str
-    dtype: str
-    quantization: Quantization
-
-
+#: What is compared, under the names that --kind takes. Quantised kinds have activations in bfloat16 here.
 KINDS = (
     Kind("float32", "float32", "none"),
     Kind("bfloat16", "bfloat16", "none"),
@@ -108,7 +99,7 @@ def check_kind(model: str, kind: Kind, *, device: str, num_servers: int, num_cli
     from swarm.architectures import num_blocks
     from swarm.checkpoint import open_checkpoint
 
-    from .bench_decode import even_spans
+    from .bench_decode import even_spans, load_local
     from .bench_generation import random_prompt
     from .bench_processes import ChildProcess
     from .local_swarm import LocalSwarm
@@ -130,7 +121,7 @@ def check_kind(model: str, kind: Kind, *, device: str, num_servers: int, num_cli
             "together": _answers(children),
         }
 
-    plain = load_plain(model, kind, device)
+    plain = load_local(checkpoint, kind.dtype, kind.quantization, device)
     prompts = [random_prompt(checkpoint.config, PROMPT_TOKENS, seed).to(device) for seed in range(num_clients)]
     ok = True
     for how, texts in found.items():
@@ -156,31 +147,6 @@ def _answers(children: Sequence[ChildProcess]) -> list[list[int]]:
     for child in children:
         child.ask("")
     return [child.answer()["tokens"] for child in children]
-
-
-def load_plain(model: str, kind: Kind, device: str) -> Any:
-    """Plain transformers with the same weights, quantised in the same way."""
-    from transformers import AutoModelForCausalLM
-
-    from swarm.checkpoint import open_checkpoint
-    from swarm.quiet import quiet_loading
-    from swarm.server.quantization import quantization_config
-    from swarm.tensors import DTYPES
-
-    from .bench_generation import never_ending
-
-    checkpoint, dtype = open_checkpoint(model), DTYPES[kind.dtype]
-    quantized = quantization_config(kind.quantization, dtype)
-    with quiet_loading():
-        plain = AutoModelForCausalLM.from_pretrained(
-            checkpoint.source,
-            revision=checkpoint.revision,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=device,
-            **({} if quantized is None else {"quantization_config": quantized}),
-        )
-    return never_ending(plain.eval())
 
 
 def first_difference(plain: Any, prompt: torch.Tensor, tokens: Sequence[int]) -> float | None:
@@ -223,11 +189,13 @@ def check_graph(model: str, *, device: str, new_tokens: int, num_rows: int = 4) 
     from swarm.server.kv_cache import KVCache
     from swarm.server.loader import load_span
 
+    from .bench_decode import load_local
+
     checkpoint = open_checkpoint(model)
     where = torch.device(device)
     blocks = BlockSpan(start=0, end=num_blocks(checkpoint.config))
     span = load_span(checkpoint, blocks, dtype=torch.bfloat16, quantization="none", device=where)
-    plain = load_plain(model, KINDS[1], device)
+    plain = load_local(checkpoint, "bfloat16", device=device)
     base = plain.base_model
     page_size, num_pages = 16, 8  # of each row
     cache = KVCache(len(blocks), 4 * num_rows * num_pages * page_size, page_size, where, torch.bfloat16)

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from swarm.checkpoint import open_checkpoint
+from swarm.scripts.bench_decode import load_local
+from swarm.scripts.bench_quantization import Kind
 from swarm.scripts.check_device import (
     KINDS,
     ROUNDING,
-    Kind,
     check_graph,
     check_kind,
     first_difference,
     is_rounding,
-    load_plain,
 )
 
 
@@ -29,7 +30,7 @@ def test_a_swarm_has_the_tokens_of_plain_transformers(
 
 
 def test_other_tokens_are_noticed(tiny_llama_folder: Path) -> None:
-    plain = load_plain(str(tiny_llama_folder), KINDS[0], "cpu")
+    plain = load_local(open_checkpoint(str(tiny_llama_folder)), "float32")
     prompt = torch.tensor([[5, 6, 7]])
     tokens = plain.generate(prompt, max_new_tokens=6, do_sample=False)[0, 3:].tolist()
     assert first_difference(plain, prompt, tokens) is None
