@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
-
-import torch
 
 from swarm.errors import (
     NotSupported,
     PeerRefused,
     PeerTimeout,
+    PeerUnreachable,
     ProtocolError,
-    SessionLost,
     SessionTooLong,
     SwarmError,
     UsageError,
@@ -26,48 +24,138 @@ from swarm.errors import (
 )
 from swarm.node import Node
 from swarm.protocol import (
+    Codec,
     ErrorReply,
     Message,
     Moving,
+    NextServer,
     OpenSession,
-    RowSlice,
+    PushFailed,
+    Relink,
+    Relinked,
     SessionOpened,
     StepRequest,
     StepResult,
+    TensorMeta,
 )
 from swarm.routing.chain import ChainLink
-from swarm.rpc import FrameStream, open_stream
-from swarm.tensors import all_finite, from_bytes, to_bytes
+from swarm.rpc import FrameStream, clock, open_stream, ping
+from swarm.tensors import row_bytes
 
 from .config import ClientConfig
+from .history import WireTensor
 
 
 @dataclass(frozen=True)
 class SpanOutput:
-    """hidden: [tokens, hidden_size], like the input. Times are the server's own measurements, in seconds."""
+    """A server's output, how it reports of the step, and when that was here, in microseconds of our clock."""
 
-    hidden: torch.Tensor
-    queue_time: float
-    compute_time: float
+    tensor: WireTensor
+    report: StepResult
+    arrived_at: int
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """What a server is asked to reserve, and who stands beside it in the chain."""
+
+    session_id: str
+    num_rows: int
+    max_length: int
+    hidden_size: int
+    output_codec: Codec
+    previous: str | None = None
+    next: NextServer | None = None
+
+
+@dataclass
+class Expected:
+    """The answer of one server to one step.
+
+    meta: of the output that we asked for. on_news: called when it came, failed, or could not be pushed on.
+    """
+
+    step: int
+    meta: TensorMeta
+    on_news: Callable[[], None]
+    answer: asyncio.Future[SpanOutput] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def output(self) -> SpanOutput | None:
+        """None until it is here."""
+        return self.answer.result() if self.answer.done() and self.error is None else None
+
+    @property
+    def tensor(self) -> WireTensor:
+        """Of an answer that is here."""
+        assert self.output is not None
+        return self.output.tensor
+
+    @property
+    def error(self) -> SwarmError | None:
+        """Why there will be none."""
+        if not self.answer.done():
+            return None
+        if self.answer.cancelled():
+            return PeerUnreachable("nobody waits for this answer any more")
+        return self.answer.exception()  # type: ignore[return-value]  # nothing else is set
+
+    def settle(self, result: SpanOutput | SwarmError) -> None:
+        if self.answer.done():
+            return
+        if isinstance(result, SpanOutput):
+            self.answer.set_result(result)
+        else:
+            self.answer.set_exception(result)
+            self.answer.exception()  # seen, whether or not somebody asks
+        self.on_news()
 
 
 class OpenSpan(Protocol):
     """One server's part of a session."""
 
     @property
+    def session_id(self) -> str: ...
+
+    @property
     def moving(self) -> bool:
         """The server is leaving, and asked the session to go on elsewhere."""
 
-    async def step(self, rows: Sequence[RowSlice], hidden: torch.Tensor) -> SpanOutput:
-        """Run new tokens through the server's blocks. hidden: [tokens, hidden_size]. Raises SwarmError."""
+    @property
+    def broken(self) -> SwarmError | None:
+        """Why this part is lost, if it is."""
+
+    @property
+    def cannot_push(self) -> bool:
+        """The server does not reach the next one; the client must carry its outputs."""
+
+    @property
+    def clock_offset(self) -> int:
+        """How much the server's clock is ahead of ours, in microseconds."""
+
+    def expect(self, step: int, num_tokens: int, on_news: Callable[[], None]) -> Expected:
+        """Prepare for the server's answer to a step of so many tokens."""
+
+    async def send(self, request: StepRequest, payload: bytes | bytearray | memoryview) -> None:
+        """Send a step; its answer goes to whoever expects it. Raises SwarmError."""
+
+    async def relink(self, previous: str | None, following: NextServer | None) -> None:
+        """Tell the server who stands beside it now. Raises SwarmError."""
+
+    async def probe(self, timeout: float) -> None:
+        """Raises PeerError unless the server shows a sign of life within `timeout` seconds."""
 
     def close(self) -> None:
         """Give the server's cache back. Never fails, may be called twice."""
 
 
 class BlockClient(Protocol):
-    async def open(self, link: ChainLink, *, num_rows: int, max_length: int) -> OpenSpan:
+    async def open(self, link: ChainLink, spec: SessionSpec) -> OpenSpan:
         """Reserve cache on a server. Raises SwarmError."""
+
+
+def new_session_id() -> str:
+    return secrets.token_hex(16)
 
 
 class SwarmBlockClient:
@@ -78,19 +166,22 @@ class SwarmBlockClient:
         self._fingerprint = fingerprint
         self._config = config
 
-    async def open(self, link: ChainLink, *, num_rows: int, max_length: int) -> OpenSpan:
+    async def open(self, link: ChainLink, spec: SessionSpec) -> OpenSpan:
         timeout = self._config.connect_timeout
         stream = await open_stream(self._node.p2p, link.peer_id, timeout)
-        span = RemoteSpan(stream, link.peer_id, secrets.token_hex(16), self._config.request_timeout)
+        span = RemoteSpan(self._node, stream, link.peer_id, spec, self._config)
         request = OpenSession(
-            session_id=span.session_id,
+            session_id=spec.session_id,
             fingerprint=self._fingerprint,
             span=link.span,
-            num_rows=num_rows,
-            max_length=max_length,
+            num_rows=spec.num_rows,
+            max_length=spec.max_length,
+            output_codec=spec.output_codec,
+            previous=spec.previous,
+            next=spec.next,
         )
         try:
-            await span.start(request, timeout)
+            await span.start(request)
         except BaseException:
             span.close()
             raise
@@ -98,61 +189,150 @@ class SwarmBlockClient:
 
 
 class RemoteSpan:
-    """One server's part of a session, over one stream."""
+    """One server's part of a session, over one stream. A task reads what comes, whenever it comes."""
 
-    def __init__(self, stream: FrameStream, peer_id: str, session_id: str, timeout: float):
-        self.session_id = session_id
+    def __init__(self, node: Node, stream: FrameStream, peer_id: str, spec: SessionSpec, config: ClientConfig):
+        self.session_id = spec.session_id
         self.moving = False
+        self.broken: SwarmError | None = None
+        self.cannot_push = False
+        self.clock_offset = 0
+        self._node = node
         self._stream = stream
         self._peer_id = peer_id
-        self._timeout = timeout
-        self._step = 0
-        self._closed = False
+        self._config = config
+        self._output_codec, self._hidden_size = spec.output_codec, spec.hidden_size
+        self._awaited: dict[int, Expected] = {}
+        self._question: asyncio.Future[Message] | None = None
+        self._reading = asyncio.create_task(self._read())
 
-    async def start(self, request: OpenSession, timeout: float) -> None:
-        answer, _ = await self._ask(request, b"", timeout, "accept a session")
+    async def start(self, request: OpenSession) -> None:
+        asked_at = clock()
+        answer = await self._ask(request, "accept a session")
         if not isinstance(answer, SessionOpened):
             raise ProtocolError(f"server {self._peer_id} answered {type(answer).__name__} to a request for a session")
+        self.clock_offset = answer.clock - (asked_at + clock()) // 2
 
-    async def step(self, rows: Sequence[RowSlice], hidden: torch.Tensor) -> SpanOutput:
-        if self._closed:
-            raise SessionLost("the connection was given up when an earlier step was interrupted")
-        self._step += 1
-        meta, payload = to_bytes(hidden)
-        request = StepRequest(session_id=self.session_id, step=self._step, rows=tuple(rows), hidden=meta)
+    def expect(self, step: int, num_tokens: int, on_news: Callable[[], None]) -> Expected:
+        meta = TensorMeta(shape=(num_tokens, self._hidden_size), codec=self._output_codec)
+        expected = Expected(step, meta, on_news)
+        if self.broken is not None:
+            expected.settle(self.broken)
+        else:
+            self._awaited[step] = expected
+        return expected
+
+    async def send(self, request: StepRequest, payload: bytes | bytearray | memoryview) -> None:
+        await self._write(request, payload, self._config.request_timeout, "read a step")
+
+    async def relink(self, previous: str | None, following: NextServer | None) -> None:
+        answer = await self._ask(Relink(previous=previous, next=following), "change places in its chain")
+        if not isinstance(answer, Relinked):
+            raise ProtocolError(f"server {self._peer_id} answered {type(answer).__name__} to a change of the chain")
+        self.cannot_push = False
+
+    async def probe(self, timeout: float) -> None:
+        """Asked on a way of its own: behind a long prompt, a question would wait for all of it to arrive."""
+        await ping(self._node.p2p, self._peer_id, timeout)
+
+    def close(self) -> None:
+        self._break(PeerUnreachable(f"the session on server {self._peer_id} was closed"))
+        self._reading.cancel()
+        self._stream.close()
+
+    async def _ask(self, request: Message, action: str) -> Message:
+        """Send a request that is no step and wait for its answer. One at a time."""
+        if self.broken is not None:
+            raise self.broken
+        self._question = asyncio.get_running_loop().create_future()
         try:
-            answer, data = await self._ask(request, payload, self._timeout, "answer a step")
-        except asyncio.CancelledError:
-            # The answer will come after all, and nobody will read it: this stream has lost its rhythm.
-            self.close()
-            raise
-        if not isinstance(answer, StepResult) or answer.step != self._step or answer.hidden != meta:
-            raise ProtocolError(f"server {self._peer_id} answered step {self._step} with {answer!r:.200}")
-        self.moving |= answer.moving
-        output = from_bytes(answer.hidden, data)
-        if not all_finite(output):
-            raise ProtocolError(f"server {self._peer_id} answered with NaN or infinity")
-        return SpanOutput(output, answer.queue_time, answer.compute_time)
+            async with asyncio.timeout(self._config.connect_timeout):
+                await self._stream.send(request)
+                return await self._question
+        except TimeoutError as error:
+            raise self._late_error(action, self._config.connect_timeout) from error
+        finally:
+            self._question = None
 
-    async def _ask(
-        self, request: Message, payload: bytes | memoryview, timeout: float, action: str
-    ) -> tuple[Message, bytes]:
-        """Send a request and wait for its answer. `timeout` is for both: a server that hangs stops reading, too."""
+    async def _write(
+        self, message: Message, payload: bytes | bytearray | memoryview, timeout: float, action: str
+    ) -> None:
+        """A server that hangs stops reading at some point."""
+        if self.broken is not None:
+            raise self.broken
         try:
             async with asyncio.timeout(timeout):
-                await self._stream.send(request, payload)
-                return await self._receive()
+                await self._stream.send(message, payload)
         except TimeoutError as error:
-            raise PeerTimeout(f"server {self._peer_id} did not {action} within {timeout:g} s") from error
+            raise self._late_error(action, timeout) from error
 
-    async def _receive(self) -> tuple[Message, bytes]:
-        while True:
-            message, payload = await self._stream.receive()
-            if isinstance(message, ErrorReply):
-                raise self._error(message)
-            if not isinstance(message, Moving):
-                return message, payload
+    def _late_error(self, action: str, timeout: float) -> PeerTimeout:
+        return PeerTimeout(f"server {self._peer_id} did not {action} within {timeout:g} s")
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._take(*await self._stream.receive())
+        except SwarmError as error:
+            self._break(error)
+
+    def _break(self, error: SwarmError) -> None:
+        """Nothing will come any more."""
+        if self.broken is None:
+            self.broken = error
+        waiting = list(self._awaited.values())
+        self._awaited.clear()
+        for expected in waiting:
+            expected.settle(error)
+        if self._question is not None and not self._question.done():
+            self._question.set_exception(error)
+
+    def _take(self, message: Message, payload: bytes) -> None:
+        if isinstance(message, StepResult):
+            self._take_result(message, payload)
+        elif isinstance(message, ErrorReply):
+            self._take_error(message)
+        elif isinstance(message, PushFailed):
+            self.cannot_push = True
+            for expected in list(self._awaited.values()):
+                expected.on_news()
+        elif isinstance(message, Moving):
             self.moving = True
+        elif self._question is not None and not self._question.done():
+            self._question.set_result(message)
+        else:
+            raise ProtocolError(f"server {self._peer_id} sent {type(message).__name__}, which nobody had asked for")
+
+    def _take_result(self, report: StepResult, payload: bytes) -> None:
+        self.moving |= report.moving
+        # A server answers in order: what was before was given up there.
+        for step in [step for step in self._awaited if step < report.step]:
+            self._awaited.pop(step).settle(PeerUnreachable(f"server {self._peer_id} left step {step} for a newer one"))
+        expected = self._awaited.pop(report.step, None)
+        if expected is None:
+            return
+        if report.hidden != expected.meta or len(payload) != expected.meta.shape[0] * row_bytes(
+            self._output_codec, self._hidden_size
+        ):
+            expected.settle(
+                ProtocolError(
+                    f"server {self._peer_id} answered step {report.step} with {len(payload)} bytes as "
+                    f"{report.hidden!r:.200}; wanted {expected.meta!r}"
+                )
+            )
+        else:
+            expected.settle(SpanOutput(WireTensor(report.hidden, payload), report, clock()))
+
+    def _take_error(self, reply: ErrorReply) -> None:
+        error = self._error(reply)
+        if reply.step is not None:
+            expected = self._awaited.pop(reply.step, None)
+            if expected is not None:
+                expected.settle(error)
+        elif self._question is not None and not self._question.done():
+            self._question.set_exception(error)
+        else:
+            self._break(error)
 
     def _error(self, reply: ErrorReply) -> SwarmError:
         error = from_wire(reply.error, f"server {self._peer_id}: {reply.message}", reply.tokens_left)
@@ -160,7 +340,3 @@ class RemoteSpan:
             # We checked our request ourselves, so this is about the server: it may have restarted with other blocks.
             return PeerRefused(str(error))
         return error
-
-    def close(self) -> None:
-        self._closed = True
-        self._stream.close()

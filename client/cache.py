@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from transformers import Cache
 
 from swarm.errors import NotSupported
@@ -61,8 +62,8 @@ class RemoteCache(Cache):
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("keys and values live on the servers; no local layer may write to this cache")
 
-    def reorder_cache(self, beam_idx: Any) -> NoReturn:
-        raise NotSupported("beam search does not work over the swarm yet: servers cannot reorder their caches")
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.session.reorder(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> NoReturn:
         raise NotSupported("repeating the rows of a filled cache does not work over the swarm yet")

@@ -42,7 +42,22 @@ class ClientConfig(BaseModel):
     """For a server to accept a session."""
 
     request_timeout: Seconds = 60.0
-    """For a server to answer one step."""
+    """For a server to answer one step, as long as it answers pings. One that hangs is found out sooner."""
+
+    min_patience: Seconds = 0.3
+    """A step without news is asked after when it took four times as long as steps usually do, and this many seconds."""
+
+    max_patience: Seconds = 5.0
+    """A step without news is asked after at the latest after this many seconds."""
+
+    hang_timeout: Seconds = 0.5
+    """Then its server must answer a ping within this many seconds, or it is replaced."""
+
+    direct_push: bool = True
+    """Let each server send its outputs straight to the next one; the client gets copies. False: through the client."""
+
+    compression: Literal["auto", "none", "blockwise8"] = "auto"
+    """How hidden states travel. "auto": "blockwise8" over links that were measured to be slow, "none" elsewhere."""
 
     ping_timeout: Seconds = 3.0
     """For a server to answer a ping while a chain is chosen."""

@@ -11,8 +11,6 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from swarm.data_structures import BlockSpan
 from swarm.errors import (
     CacheFull,
@@ -21,19 +19,22 @@ from swarm.errors import (
     NetworkError,
     NumericsMismatch,
     PeerError,
+    PeerUnreachable,
     ProtocolError,
     RoutingError,
     SessionLost,
     SwarmError,
 )
-from swarm.protocol import RowSlice
 from swarm.routing.chain import Chain, ChainLink
 from swarm.routing.router import Router
 
-from .block_client import BlockClient, OpenSpan
+from .block_client import BlockClient
 from .config import ClientConfig
-from .history import History, split_step
+from .history import History
+from .links import Links
+from .pipeline import Hop, HopFailed
 from .retries import Retries
+from .takeover import Gap, Takeover
 
 logger = logging.getLogger(__name__)
 
@@ -43,36 +44,39 @@ SERVER_FAULTS = (PeerError, EngineError, ProtocolError)
 STEP_FAILURES = (*SERVER_FAULTS, CacheFull)
 
 
-@dataclass
-class Hop:
-    """One server of a session's chain: its part of the blocks, its open stream, and what it was sent.
-
-    proven: it answered a step. That it took the session says little.
-    """
-
-    link: ChainLink
-    span: OpenSpan
-    history: History
-    proven: bool = False
-
-
 @dataclass(frozen=True)
 class Replacement:
-    """What a fail-over did. Times in seconds."""
+    """What a fail-over did. Times in seconds.
+
+    detected: from the last sign of life to the decision that the server is lost. routed: until other servers had taken
+    the session. replayed: until they were where the lost one was. time: of all this; more where tries failed.
+    """
 
     lost: ChainLink
     found: tuple[ChainLink, ...]
     reason: str
     replayed_tokens: int
+    detected: float
+    routed: float
+    replayed: float
     time: float
 
 
 class Failover:
     """Opens chains for one session, and rebuilds their broken parts."""
 
-    def __init__(self, router: Router, client: BlockClient, config: ClientConfig, *, num_rows: int, max_length: int):
+    def __init__(
+        self,
+        router: Router,
+        client: BlockClient,
+        config: ClientConfig,
+        links: Links,
+        *,
+        num_rows: int,
+        max_length: int,
+    ):
+        self.takeover = Takeover(client, config, links, num_rows, max_length, blame=self._report)
         self._router = router
-        self._client = client
         self._config = config
         self._num_rows = num_rows
         self._max_length = max_length
@@ -89,7 +93,7 @@ class Failover:
         last: SwarmError | None = None
         while True:
             try:
-                return await self._open(span, History(self._num_rows, self._max_length), lengths=(), like=None)
+                return await self._open(Gap(span, History(self._num_rows, self._max_length)))
             except MissingBlocks as error:
                 if last is None:
                     raise
@@ -98,35 +102,43 @@ class Failover:
                 last = error
                 await self._before_retry(retries, error)
 
-    async def replace(
-        self, hops: list[Hop], index: int, error: SwarmError, lengths: Sequence[int], retries: Retries
-    ) -> None:
+    async def recover(
+        self, hops: list[Hop], index: int, failure: HopFailed, lengths: Sequence[int], retries: Retries
+    ) -> int:
         """Put live servers in the place of `hops[index]`, brought to the state that it was in.
 
-        lengths: how many tokens of each row it had processed. Raises RoutingError when `retries` are used up.
+        lengths: how many tokens of each row it had processed. Returns the hop from which the step must go on: the first
+        new one. Raises RoutingError when `retries` are used up.
         """
         lost = hops[index]
         lost.span.close()
+        if index and not await lost.history.settled(self._config.request_timeout):
+            # Copies of its inputs died with the server before it. Whoever replaces that one computes them anew.
+            error = hops[index - 1].span.broken or PeerUnreachable("its outputs did not reach us")
+            first = await self.recover(hops, index - 1, HopFailed(index - 1, error, failure.since), lengths, retries)
+            await self._replace(hops, hops.index(lost), failure, lengths, retries)
+            return first
+        await self._replace(hops, index, failure, lengths, retries)
+        return index
+
+    async def _replace(
+        self, hops: list[Hop], index: int, failure: HopFailed, lengths: Sequence[int], retries: Retries
+    ) -> None:
+        lost, error = hops[index], failure.error
         self._report(lost.link, error)
         logger.warning("lost server %s (blocks %s): %s", lost.link.peer_id, lost.link.span, error)
         await retries.after(error, wait=False)
         started = time.monotonic()
+        gap = Gap.at(hops, index, lengths)
         # A server that evicted us has room for us again, whatever it announced before.
         trust_announcements = not isinstance(error, SessionLost)
         while True:
             try:
-                found = await self._open(
-                    lost.link.span,
-                    lost.history,
-                    lengths,
-                    like=lost.link,
-                    trust_announcements=trust_announcements,
-                    retries=retries,
-                )
+                found = await self._open(gap, trust_announcements=trust_announcements, retries=retries)
                 break
-            except (*STEP_FAILURES, RoutingError, NetworkError) as failure:
-                await self._before_retry(retries, failure)
-        self._note(hops, index, found, str(error), lengths, started)
+            except (*STEP_FAILURES, RoutingError, NetworkError) as problem:
+                await self._before_retry(retries, problem)
+        self._note(hops, index, found, gap, str(error), started, detected=started - failure.since)
 
     async def wait_for_cache(
         self, hops: list[Hop], index: int, error: CacheFull, lengths: Sequence[int], retries: Retries
@@ -144,22 +156,24 @@ class Failover:
         """Leave a server while it still holds the session. False if no other server can take its place yet."""
         leaving = hops[index]
         started = time.monotonic()
+        if not await leaving.history.settled(self._config.request_timeout):
+            return False  # the server before it is lost, and comes first
+        gap = Gap.at(hops, index, lengths)
         try:
-            found = await self._open(
-                leaving.link.span, leaving.history, lengths, like=leaving.link, exclude={leaving.link.peer_id}
-            )
+            found = await self._open(gap, exclude={leaving.link.peer_id})
         except (*STEP_FAILURES, RoutingError, NetworkError) as error:
             logger.warning("cannot leave server %s yet: %s", leaving.link.peer_id, error)
             return False
         leaving.span.close()
-        self._note(hops, index, found, reason, lengths, started)
+        self._note(hops, index, found, gap, reason, started, detected=0.0)
         return True
 
-    def answered(self, hop: Hop) -> None:
-        """A server did its work."""
-        if not hop.proven:
-            hop.proven = True
-            self._router.report_success(hop.link.peer_id)
+    def answered(self, hops: Sequence[Hop]) -> None:
+        """Servers did their work."""
+        for hop in hops:
+            if not hop.proven:
+                hop.proven = True
+                self._router.report_success(hop.link.peer_id)
 
     async def _before_retry(self, retries: Retries, error: SwarmError) -> None:
         if isinstance(error, CacheFull) and self._full:
@@ -168,98 +182,77 @@ class Failover:
             await retries.after(error, wait=not isinstance(error, SERVER_FAULTS))
 
     def _note(
-        self, hops: list[Hop], index: int, found: list[Hop], reason: str, lengths: Sequence[int], started: float
+        self, hops: list[Hop], index: int, found: list[Hop], gap: Gap, reason: str, started: float, detected: float
     ) -> None:
         lost = hops[index].link
         hops[index : index + 1] = found
-        links = tuple(hop.link for hop in found)
-        self.replacements.append(Replacement(lost, links, reason, sum(lengths), time.monotonic() - started))
+        now = time.monotonic()
+        self.replacements.append(
+            Replacement(
+                lost,
+                tuple(hop.link for hop in found),
+                reason,
+                sum(gap.lengths),
+                detected=detected,
+                routed=gap.opened_at - gap.asked_at,
+                replayed=now - gap.opened_at,
+                time=detected + now - started,
+            )
+        )
 
     async def _open(
         self,
-        span: BlockSpan,
-        history: History,
-        lengths: Sequence[int],
+        gap: Gap,
         *,
-        like: ChainLink | None,
         exclude: Collection[str] = (),
         trust_announcements: bool = True,
         retries: Retries | None = None,
     ) -> list[Hop]:
-        """One attempt: find a chain, open it, replay the history through it. All or nothing.
+        """One attempt: find a chain for the gap, and let it take over. All or nothing.
 
         trust_announcements: leave out servers that announced too little room, without asking them.
         retries: how long to wait in an overcommitted server's line if there is no room elsewhere; None: not at all.
         """
+        gap.asked_at = time.monotonic()
         cache_tokens = self._num_rows * self._max_length if trust_announcements else 0
-        chain = await self._find_chain(span, like, exclude, cache_tokens)
-        if like is not None:
-            self._check_numerics(like, chain)
-        hops: list[Hop] = []
-        try:
-            for link in chain:
-                hop = await self._open_hop(link, history)
-                hops.append(hop)
-                if any(lengths):
-                    output = await self._replay(hop, lengths, retries)
-                    history = History(self._num_rows, self._max_length)
-                    history.write(*output)
-                else:
-                    history = History(self._num_rows, self._max_length)
-        except BaseException:
-            for hop in hops:
-                hop.span.close()
-            raise
-        return hops
+        chain = await self._find_chain(gap, exclude, cache_tokens)
+        if gap.lost is not None:
+            self._check_numerics(gap.lost.link, chain)
+        return await self.takeover.run(gap, chain, lambda link, error: self._wait_in_line(link, error, retries))
 
-    async def _find_chain(
-        self, span: BlockSpan, like: ChainLink | None, exclude: Collection[str], cache_tokens: int
-    ) -> Chain:
+    async def _find_chain(self, gap: Gap, exclude: Collection[str], cache_tokens: int) -> Chain:
+        lost = gap.lost
         try:
             return await self._router.find_chain(
-                span,
+                gap.span,
                 cache_tokens=cache_tokens,
-                numerics=None if like is None else like.numerics,
+                numerics=None if lost is None else lost.link.numerics,
                 exclude=self._full.union(exclude),
+                source=None if gap.before is None else gap.before.link.peer_id,
+                sink=None if gap.after is None else gap.after.link.peer_id,
             )
         except (RoutingError, CacheFull) as error:
             if not self._full:
                 raise
             self._full.clear()  # ask them again after a pause: sessions end all the time
-            raise CacheFull(f"no server of blocks {span} has room for the session: {error}") from error
+            raise CacheFull(f"no server of blocks {gap.span} has room for the session: {error}") from error
 
-    async def _open_hop(self, link: ChainLink, history: History) -> Hop:
-        try:
-            opened = await self._client.open(link, num_rows=self._num_rows, max_length=self._max_length)
-        except STEP_FAILURES as error:
-            self._report(link, error)
-            raise
-        return Hop(link, opened, history)
-
-    async def _replay(
-        self, hop: Hop, lengths: Sequence[int], retries: Retries | None
-    ) -> tuple[list[RowSlice], torch.Tensor]:
-        rows, inputs = hop.history.read(lengths)
-        outputs = []
-        try:
-            for part_rows, part in split_step(rows, inputs):
-                while True:
-                    try:
-                        outputs.append((await hop.span.step(part_rows, part)).hidden)
-                        break
-                    except CacheFull as error:
-                        if retries is None or await self._has_room_elsewhere(hop.link):
-                            raise
-                        await retries.after(error, wait=True)  # the session keeps its place in the line
-        except STEP_FAILURES as error:
-            self._report(hop.link, error)
-            raise
-        self.answered(hop)
-        return rows, torch.cat(outputs)
+    async def _wait_in_line(self, link: ChainLink, error: SwarmError, retries: Retries | None) -> bool:
+        """Whether a server that failed in a replay shall be asked again, after a pause; else it is reported."""
+        if isinstance(error, CacheFull) and retries is not None and not await self._has_room_elsewhere(link):
+            await retries.after(error, wait=True)  # the session keeps its place in the line
+            return True
+        self._report(link, error)
+        return False
 
     async def _has_room_elsewhere(self, link: ChainLink) -> bool:
         try:
-            await self._find_chain(link.span, link, {link.peer_id}, self._num_rows * self._max_length)
+            await self._router.find_chain(
+                link.span,
+                cache_tokens=self._num_rows * self._max_length,
+                numerics=link.numerics,
+                exclude=self._full | {link.peer_id},
+            )
         except (RoutingError, NetworkError, CacheFull):
             return False
         return True

@@ -17,34 +17,25 @@ import torch
 from swarm.data_structures import BlockSpan
 from swarm.errors import CacheFull, SessionTooLong, UsageError
 from swarm.node import NodeThread
-from swarm.protocol import RowSlice
+from swarm.protocol import Codec, Reorder, RowSlice
 from swarm.routing.chain import Chain
 from swarm.routing.router import Router
-from swarm.tensors import DTYPES, all_finite
+from swarm.tensors import DTYPES, all_finite, encode, lossless_codec
 
-from .block_client import BlockClient
+from .block_client import BlockClient, Expected
 from .config import ClientConfig
-from .failover import SERVER_FAULTS, Failover, Hop, Replacement
-from .history import split_step
+from .failover import SERVER_FAULTS, Failover, Replacement
+from .history import Step, WireTensor, split_step
+from .links import Links
+from .pipeline import Hop, HopFailed, outputs_of, remember
+from .retries import Retries
+from .timeline import HopTimes, Report, StepRecord, Timeline
 
 if TYPE_CHECKING:
     from .cache import RemoteCache
 
 #: While no other server can take over from one that is leaving, look again once in this many seconds.
 MOVE_RETRY_PERIOD = 5.0
-
-
-@dataclass(frozen=True)
-class HopTimes:
-    """What one server took of one step, in seconds.
-
-    waited: from our request to its answer. Of this, by its own clock, the tokens were queued and computed; the rest is
-    the network and the handling on both sides.
-    """
-
-    waited: float
-    queued: float
-    computed: float
 
 
 class InferenceSession:
@@ -60,6 +51,7 @@ class InferenceSession:
         router: Router,
         client: BlockClient,
         config: ClientConfig,
+        links: Links,
         *,
         span: BlockSpan,
         num_rows: int,
@@ -77,14 +69,17 @@ class InferenceSession:
         self.num_rows = num_rows
         self.max_length = max_length
         self.lengths = [0] * num_rows
-        #: of the latest step, one entry for each server of the chain
-        self.last_times: tuple[HopTimes, ...] = ()
+        self._timeline = Timeline()
         self._thread = thread
         self._router = router
         self._config = config
-        self._failover = Failover(router, client, config, num_rows=num_rows, max_length=max_length)
+        self._links = links
+        self._failover = Failover(router, client, config, links, num_rows=num_rows, max_length=max_length)
         self._hops: list[Hop] = []
+        self._input_codec = Codec.FLOAT32  # until the first step
         self._next_move = 0.0
+        self._num_reorders = 0
+        self._pending: _Reordering | None = None
         self._closed = False
         self._busy = threading.Lock()
         self._running: asyncio.Task[torch.Tensor] | None = None
@@ -120,6 +115,15 @@ class InferenceSession:
         """Every fail-over of this session, oldest first."""
         return self._failover.replacements
 
+    @property
+    def last_times(self) -> tuple[HopTimes, ...]:
+        """Of the latest step, one entry for each server of the chain whose times are here."""
+        return self._timeline.last_times
+
+    def report(self) -> Report:
+        """Where the time of this session's latest steps went."""
+        return self._timeline.report()
+
     def step(self, hidden: torch.Tensor, rows: Sequence[RowSlice]) -> torch.Tensor:
         """Run new tokens through the session's blocks and add them to its cache.
 
@@ -133,9 +137,14 @@ class InferenceSession:
             self._check(hidden, rows)
             for row in rows:  # rewound: what lies behind the new position is gone, also if this step fails
                 self.lengths[row.row] = min(self.lengths[row.row], row.position)
-            lengths = list(self.lengths)
-            output = self._thread.run(self._step_in_parts(hidden, rows, lengths))
-            self.lengths = lengths  # not before all is done: a step that was interrupted can be sent again
+            if self._pending is None:
+                held, reorder = list(self.lengths), None
+            else:
+                held, reorder = list(self._pending.lengths), Reorder(self._num_reorders, self._pending.sources)
+                self._pending.sent = True
+            output = self._thread.run(self._step_in_parts(hidden, Step(rows, reorder), held))
+            self.lengths = held  # not before all is done: a step that was interrupted can be sent again
+            self._pending = None
             return output
         except concurrent.futures.CancelledError:
             raise UsageError("this session was closed while it ran a step") from None
@@ -149,6 +158,19 @@ class InferenceSession:
         ):
             raise UsageError(f"cannot set lengths {list(lengths)}: the session holds {self.lengths}")
         self.lengths = list(lengths)
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Row i becomes a copy of what row `sources[i]` is now, as beam search asks. Done with the next step."""
+        if len(sources) != self.num_rows or any(not 0 <= source < self.num_rows for source in sources):
+            raise UsageError(f"cannot reorder {self.num_rows} rows as {list(sources)}")
+        if self._pending is None:
+            self._num_reorders += 1
+            self._pending = _Reordering(tuple(sources), tuple(self.lengths))
+        elif self._pending.sent:
+            raise UsageError("the step after the last reordering failed; send it again first, or open a new session")
+        else:
+            self._pending.sources = tuple(self._pending.sources[source] for source in sources)
+        self.lengths = [self.lengths[source] for source in sources]
 
     def close(self) -> None:
         """Give the servers their cache back. Closing twice does no harm."""
@@ -188,53 +210,80 @@ class InferenceSession:
                     f"max_length of {self.max_length}"
                 )
 
-    async def _step_in_parts(self, hidden: torch.Tensor, rows: Sequence[RowSlice], lengths: list[int]) -> torch.Tensor:
+    async def _step_in_parts(self, hidden: torch.Tensor, step: Step, lengths: list[int]) -> torch.Tensor:
         if self._running is not None:  # a step that Ctrl-C interrupted may still be on its way out
             self._running.cancel()
             await asyncio.wait({self._running})
         self._running = asyncio.current_task()
         try:
-            parts = [await self._step(part, part_rows, lengths) for part_rows, part in split_step(rows, hidden)]
+            if not self._hops:
+                await self._open_chain(hidden)
+            with self._timeline.step() as record:
+                inputs = WireTensor(*encode(hidden, self._input_codec))
+                record.encoded()
+                parts = [await self._step(*part, lengths, record) for part in split_step(step, inputs)]
         finally:
             self._running = None
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        output = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return output.to(hidden.dtype)
 
-    async def _step(self, hidden: torch.Tensor, rows: Sequence[RowSlice], lengths: list[int]) -> torch.Tensor:
-        """One step through the chain; a hop that fails is replaced, and the step goes on where it was.
+    async def _step(self, step: Step, inputs: WireTensor, lengths: list[int], record: StepRecord) -> torch.Tensor:
+        """One step through the chain; a hop that fails is replaced, and the step goes on from there.
 
         lengths: how many tokens of each row the servers hold; moved on at the end.
         """
         retries = self._failover.retries()
-        await self._prepare_chain(lengths)
-        times: list[HopTimes] = []
-        index = 0
-        while index < len(self._hops):
-            hop = self._hops[index]
-            started = time.perf_counter()
+        await self._prepare_chain(lengths, retries)
+        first, answers, disturbed = 0, list[Expected](), False
+        started = time.monotonic()
+        while True:
+            at = inputs if first == 0 else answers[-1].tensor
+            run = self._failover.takeover.start_step(self._hops[first:], step)
             try:
-                output = await hop.span.step(rows, hidden)
-            except CacheFull as error:
-                await self._failover.wait_for_cache(self._hops, index, error, lengths, retries)
-                self._show_route()
-                continue
-            except SERVER_FAULTS as error:
-                await self._failover.replace(self._hops, index, error, lengths, retries)
-                self._show_route()
-                continue
-            times.append(HopTimes(time.perf_counter() - started, output.queue_time, output.compute_time))
-            self._failover.answered(hop)
-            hop.history.write(rows, hidden)
-            hidden = output.hidden
-            index += 1
-        for row in rows:
+                output = await run.run(at)
+                break
+            except HopFailed as failure:
+                answers += run.answers[: failure.index]
+                first = await self._recover(first + failure.index, failure, lengths, retries)
+                del answers[first:]
+                disturbed = True
+        answers += run.answers
+        self._failover.answered(self._hops)
+        remember(self._hops, step, [inputs, *outputs_of(answers)])
+        if not disturbed and all(row.num_tokens == 1 for row in step.rows):
+            self._failover.takeover.patience.learn(time.monotonic() - started)
+        if step.reorder is not None:
+            lengths[:] = [lengths[source] for source in step.reorder.sources]
+        for row in step.rows:
             lengths[row.row] = row.position + row.num_tokens
-        self.last_times = tuple(times)
-        return hidden
+        record.add(step, self._hops, answers)
+        return output
 
-    async def _prepare_chain(self, lengths: Sequence[int]) -> None:
-        if not self._hops:
-            self._hops = await self._failover.open_chain(self.span)
-            self._show_route()
+    async def _recover(self, index: int, failure: HopFailed, lengths: Sequence[int], retries: Retries) -> int:
+        """The hop from which the step goes on, once there is one. Raises what the failure means for the user."""
+        if isinstance(failure.error, CacheFull):
+            await self._failover.wait_for_cache(self._hops, index, failure.error, lengths, retries)
+            first = index
+        elif isinstance(failure.error, SERVER_FAULTS):
+            first = await self._failover.recover(self._hops, index, failure, lengths, retries)
+        else:
+            raise failure.error
+        self._show_route()
+        return first
+
+    async def _open_chain(self, hidden: torch.Tensor) -> None:
+        takeover = self._failover.takeover
+        takeover.hidden_size, takeover.lossless = hidden.shape[1], lossless_codec(hidden.dtype)
+        self._hops = await self._failover.open_chain(self.span)
+        self._input_codec = self._links.input_codec(self._hops[0].link.peer_id, takeover.lossless)
+        self._show_route()
+
+    async def _prepare_chain(self, lengths: Sequence[int], retries: Retries) -> None:
+        """Replace servers that were lost since the last step, and leave those that are leaving."""
+        for hop in [hop for hop in self._hops if hop.span.broken is not None]:
+            if hop in self._hops and hop.span.broken is not None:
+                failure = HopFailed(self._hops.index(hop), hop.span.broken, time.monotonic())
+                await self._recover(failure.index, failure, lengths, retries)
         if any(hop.span.moving for hop in self._hops) and time.monotonic() >= self._next_move:
             await self._leave_moving_servers(lengths)
 
@@ -255,6 +304,15 @@ class InferenceSession:
         for hop in self._hops:
             hop.span.close()
         self._hops = []
+
+
+@dataclass
+class _Reordering:
+    """Rows that the next step finds in another order. lengths: of the rows before. sent: servers may know of it."""
+
+    sources: tuple[int, ...]
+    lengths: tuple[int, ...]
+    sent: bool = False
 
 
 def describe_chain(chain: Chain) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -23,13 +24,14 @@ from swarm.node import NodeConfig, NodeThread
 from swarm.protocol import explain
 from swarm.quiet import quiet_loading
 from swarm.routing.router import Router, RouterConfig
-from swarm.rpc import ping
+from swarm.rpc import ping, upload_rate
 from swarm.tensors import DTYPES
 
 from .block_client import SwarmBlockClient
 from .config import ClientConfig
 from .few_rows import speed_up_few_rows
 from .inference_session import InferenceSession
+from .links import Links, keep_measuring
 from .remote_blocks import MASK_NAME, RemoteBlocks
 
 if TYPE_CHECKING:
@@ -59,10 +61,22 @@ class SwarmConnection:
                 config=RouterConfig(**config.model_dump(include=set(RouterConfig.model_fields))),
             )
             self.client = SwarmBlockClient(node, fingerprint, config)
+            self.links = Links(self.router, config)
             self.thread.run(self.router.check_served())
+            if config.compression == "auto":
+                asyncio.run_coroutine_threadsafe(self._measure_line(), self.thread.loop)
         except BaseException:
             self.thread.stop()
             raise
+
+    async def _measure_line(self) -> None:
+        """In the background, while the model loads and as long as the connection lives."""
+        p2p = self.thread.node.p2p
+        await keep_measuring(
+            self.links,
+            lambda: [record.peer_id for record in self.router.snapshot().servers],
+            lambda peer_id: upload_rate(p2p, peer_id, self.config.connect_timeout),
+        )
 
     def open_session(self, span: BlockSpan, num_rows: int, max_length: int, bytes_per_token: int) -> InferenceSession:
         return InferenceSession(
@@ -70,6 +84,7 @@ class SwarmConnection:
             self.router,
             self.client,
             self.config,
+            self.links,
             span=span,
             num_rows=num_rows,
             max_length=max_length,
@@ -152,11 +167,9 @@ class SwarmModelMixin:
         max_cache_length: int,
     ) -> None:
         """Called by `generate` once it knows how long the answer may get: here the session enters."""
-        if generation_config.num_beams > 1:
-            raise NotSupported("beam search does not work over the swarm yet: servers cannot reorder their caches")
         if not generation_config.use_cache or model_kwargs.get("past_key_values") is not None:
             return
-        num_rows = batch_size * max(generation_config.num_return_sequences or 1, 1)
+        num_rows = batch_size * max(generation_config.num_return_sequences or 1, generation_config.num_beams or 1)
         span = BlockSpan(start=0, end=self.connection.num_blocks)
         self._active.temporary = self._open_session(span, num_rows, max(max_cache_length, 1))
         model_kwargs["past_key_values"] = self._active.temporary.cache

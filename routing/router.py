@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import Field
 
-from swarm.data_structures import BlockSpan, Frozen, ModelInfo, ServerState
+from swarm.data_structures import BlockSpan, Frozen, ModelInfo, ServerInfo, ServerState
 from swarm.errors import BadSpan, CacheFull, MissingBlocks, ModelNotServed, NetworkError, RoutingError, SwarmError
 
 from .chain import Chain, find_chain
@@ -167,6 +167,10 @@ class Router:
             if self._num_reads > reads_before:
                 raise await self._explain(usable.missing_blocks(span), span, cache_tokens, exclude)
             await self.refresh(force=True)
+
+    def info(self, peer_id: str) -> ServerInfo | None:
+        """What a server announced last; None if it is not known."""
+        return next((record.info for record in self._records if record.peer_id == peer_id), None)
 
     def report_failure(self, peer_id: str) -> None:
         """Ban a server that failed: for `ban_time`, then twice as long with each failure in a row.

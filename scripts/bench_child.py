@@ -28,7 +28,7 @@ from .bench_processes import print_result
 from .bench_watchers import run_client_watch, run_echo_watch
 
 if TYPE_CHECKING:
-    from swarm.client.block_client import OpenSpan
+    from swarm.scripts.bench_echo import EchoSession
 
     from .bench_generation import Generation
 
@@ -110,7 +110,7 @@ def run_echo(model: str, dtype: str, prompt_tokens: str, steps: str, *initial_pe
             await echo.prefill(session)
         started = time.perf_counter()
 
-        async def decode(session: OpenSpan) -> None:
+        async def decode(session: EchoSession) -> None:
             for number in range(num_steps):
                 await echo.step(session, number)
 

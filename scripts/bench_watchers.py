@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .bench_processes import print_result
 
 if TYPE_CHECKING:
-    from swarm.client.block_client import OpenSpan
+    from swarm.scripts.bench_echo import EchoSession
 
 #: Tokens that a session gets before anything disturbs it.
 QUIET_TOKENS = 48
@@ -33,7 +33,7 @@ def run_echo_watch(model: str, dtype: str, prompt_tokens: str, num_sessions: str
 
     echo = EchoSessions(model, dtype, int(prompt_tokens), initial_peers)
 
-    async def decode(session: OpenSpan, stop: threading.Event, on_quiet: Callable[[], None]) -> list[float]:
+    async def decode(session: EchoSession, stop: threading.Event, on_quiet: Callable[[], None]) -> list[float]:
         await echo.prefill(session)
         stamps = [time.perf_counter()]
         while not stop.is_set():

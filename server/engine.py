@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from swarm.errors import EngineError, SwarmError
+from swarm.errors import EngineError, ProtocolError, SwarmError
 from swarm.tensors import all_finite
 
 from .batch import RowChunk
@@ -26,6 +26,7 @@ from .kv_cache import KVCache
 from .pace import Pace
 from .page_queue import PageQueue
 from .recovery import Outcome, run_batch
+from .reorder import reorder_rows
 from .scheduler import Kind, Waiting, next_batch
 from .settling import Settling
 from .span import Span
@@ -177,7 +178,7 @@ class Engine:
 
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""
-        pieces = self._schedule(tasks)
+        pieces = self._schedule([task for task in tasks if self._in_order(task)])
         self._running_rows = len(pieces)
         started = time.monotonic()
         try:
@@ -189,6 +190,18 @@ class Engine:
         for task in tasks:
             if task.done:
                 task.finish()
+
+    def _in_order(self, task: StepTask) -> bool:
+        """Do the reordering that a step asks for, once. False if that failed, and the step with it."""
+        session, reorder = task.rows[0].cache.session, task.reorder
+        if reorder is not None and reorder.number > session.reorder_number:
+            try:
+                reorder_rows(self.cache, session.rows, reorder.sources)
+            except SwarmError as error:
+                task.fail(error)
+                return False
+            session.reorder_number = reorder.number
+        return True
 
     def _note_finished(self, pieces: list[Piece], started: float) -> None:
         """Before the results leave: their rows may be back at any moment."""
@@ -240,6 +253,8 @@ class Engine:
         row = task.rows[index]
         position = row.position + task.progress[index]
         try:
+            if position > row.cache.length:
+                raise ProtocolError(f"row {index} goes on at {position}, but only {row.cache.length} tokens are cached")
             if position < row.cache.length:
                 self.cache.truncate(row.cache, position)
             if self.cache.grow(row.cache, position + num_tokens) and self.cache.hold(row.cache):
@@ -280,7 +295,7 @@ class Engine:
                 if task.output is None:
                     task.output = torch.empty_like(task.hidden)
                 task.output[piece.first : piece.first + chunk.num_tokens] = part
-            chunk.cache.length = chunk.position + chunk.num_tokens
+            self.cache.written(chunk.cache, chunk.position, chunk.num_tokens)
             task.progress[piece.row] += chunk.num_tokens
             if id(task) not in timed:
                 timed.add(id(task))

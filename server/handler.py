@@ -1,4 +1,4 @@
-"""Check a request, hand it to the engine, reply. One stream carries one session; its end ends the session."""
+"""The door of a server: streams and questions of all peers come in here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from hivemind.proto import runtime_pb2
 from swarm.data_structures import BlockSpan, ServerInfo
 from swarm.errors import (
     BadSpan,
-    CacheFull,
-    EngineError,
     MessageTooLarge,
     NotSupported,
     PeerRefused,
@@ -23,32 +21,27 @@ from swarm.errors import (
     ProtocolError,
     SessionLost,
     SwarmError,
-    to_wire,
 )
 from swarm.protocol import (
     INFERENCE_STREAM,
     MAX_UPLOAD_BYTES,
+    PUSH_STREAM,
     BlockProtocol,
-    CloseSession,
-    ErrorReply,
     Message,
-    Moving,
+    OpenPush,
     OpenSession,
-    SessionOpened,
     StepRequest,
-    StepResult,
 )
-from swarm.rpc import FrameStream
-from swarm.tensors import all_finite, from_bytes, to_bytes
+from swarm.rpc import FrameStream, clock
 
 from .engine import Engine
+from .session_stream import SessionStream, error_reply
 from .sessions import Session, SessionTable
-from .tasks import StepTask
 
 logger = logging.getLogger(__name__)
 
-#: Bytes that a step may bring beyond what its session reserved: then it is read, and refused with what is wrong.
-PAYLOAD_SLACK = 2**16
+#: Seconds within which a server that opened a push stream must push something.
+FIRST_PUSH_LIMIT = 60.0
 
 
 class Handler:
@@ -70,12 +63,16 @@ class Handler:
         self._info = info
         self.idle_limit = idle_limit
         self.step_timeout = step_timeout
-        self._streams: set[_SessionStream] = set()
+        self.p2p: P2P
+        self.by_session: dict[str, SessionStream] = {}
+        self._streams: set[SessionStream] = set()
         self.draining = False
 
     async def register(self, p2p: P2P) -> None:
         await BlockProtocol().add_p2p_handlers(p2p, wrapper=self)
+        self.p2p = p2p
         await p2p.add_binary_stream_handler(INFERENCE_STREAM, self._serve)
+        await p2p.add_binary_stream_handler(PUSH_STREAM, self._serve_pushes)
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         return runtime_pb2.ExpertInfo(serialized_info=self._info().model_dump_json().encode())
@@ -112,144 +109,55 @@ class Handler:
         return self.sessions.open(request, peer_id)
 
     async def _serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = _SessionStream(self, FrameStream(reader, writer), str(info.peer_id))
+        stream = SessionStream(self, FrameStream(reader, writer), str(info.peer_id))
         self._streams.add(stream)
         try:
             await stream.run()
         finally:
             self._streams.discard(stream)
 
-
-class _SessionStream:
-    """One peer's stream. Requests are read while a step runs, so that the stream's end is noticed at once."""
-
-    def __init__(self, handler: Handler, stream: FrameStream, peer_id: str):
-        self._handler = handler
-        self._stream = stream
-        self._peer_id = peer_id
-        self._session: Session | None = None
-        self._reply: asyncio.Task[None] | None = None
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a stream is served by a task")
-        self.task: asyncio.Task[object] = task
-
-    async def run(self) -> None:
+    async def _serve_pushes(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Steps that a server pushes. Complaints about it go back to it, others to the owner of the session."""
+        stream = FrameStream(reader, writer)
         try:
-            while True:
-                message, payload = await self._next_message()
-                if isinstance(message, CloseSession):
-                    return
-                await self._dispatch(message, payload)
+            await self._take_pushes(stream, str(info.peer_id))
         except PeerUnreachable:
-            pass  # the usual end of a session
-        except SwarmError as error:  # after which the stream cannot be understood any more
-            await self._refuse(error)
-        except asyncio.CancelledError:  # the server stops
-            pass
-        finally:
-            if self._reply is not None:
-                self._reply.cancel()
-            if self._session is not None:
-                self._handler.sessions.close(self._session)
-            self._stream.close()
-
-    async def _next_message(self) -> tuple[Message, bytes]:
-        while True:
-            try:
-                async with asyncio.timeout(self._handler.idle_limit):
-                    return await self._stream.receive(self._check_sender)
-            except TimeoutError:
-                if self._reply is None or self._reply.done():
-                    raise SessionLost(f"no step for {self._handler.idle_limit:g} s: the session is closed") from None
-
-    def _check_sender(self, message: Message, payload_size: int) -> None:
-        """Refuse a tensor before it takes memory: of somebody who holds no session here, or too large for his own."""
-        if isinstance(message, StepRequest | CloseSession):
-            session = self._own_session(message.session_id)
-            values = len(session.rows) * session.max_length * self._handler.engine.span.hidden_size
-            if payload_size > 4 * values + PAYLOAD_SLACK:  # in float32
-                raise MessageTooLarge(f"a tensor of {payload_size} bytes, more than this session reserved room for")
-        elif payload_size:
-            raise ProtocolError(f"{type(message).__name__} messages carry no tensor")
-
-    def _own_session(self, session_id: str) -> Session:
-        session = self._handler.sessions.get(session_id, self._peer_id)
-        if session is not self._session:
-            raise PeerRefused(f"session {session_id} was opened on another stream")
-        return session
-
-    async def _dispatch(self, message: Message, payload: bytes) -> None:
-        if self._reply is not None and not self._reply.done():
-            raise ProtocolError("a request arrived before the one before it was answered")
-        try:
-            if isinstance(message, OpenSession):
-                await self._open(message)
-            elif isinstance(message, StepRequest):
-                task = self._check(self._own_session(message.session_id), message, payload)
-                self._reply = asyncio.create_task(self._answer(message.step, task))
-            else:
-                raise ProtocolError(f"a server takes no {type(message).__name__} messages")
-        except PeerUnreachable:
-            raise
-        except SwarmError as error:  # the request was bad, the session is as it was
-            await self._refuse(error)
-
-    async def _open(self, request: OpenSession) -> None:
-        if self._session is not None:
-            raise ProtocolError("a stream carries one session, and this one has its own already")
-        self._session = self._handler.open_session(request, self._peer_id)
-        left = self._handler.engine.cache.tokens_left
-        await self._send(SessionOpened(session_id=request.session_id, cache_tokens_left=left))
-
-    def _check(self, session: Session, request: StepRequest, payload: bytes) -> StepTask:
-        span = self._handler.engine.span
-        rows = session.check_step(request, span.hidden_size)
-        hidden = from_bytes(request.hidden, payload)
-        if not all_finite(hidden):
-            raise ProtocolError("the hidden states hold NaN or infinity")
-        start, end = span.local(session.span)
-        return StepTask(hidden, rows, start, end)
-
-    async def _answer(self, step: int, task: StepTask) -> None:
-        future = self._handler.engine.submit(task)
-        try:
-            async with asyncio.timeout(self._handler.step_timeout):
-                output = await asyncio.wrap_future(future)
-            meta, payload = to_bytes(output.hidden)
-            result = StepResult(
-                step=step,
-                hidden=meta,
-                queue_time=output.queue_time,
-                compute_time=output.compute_time,
-                moving=self._handler.draining,
-            )
-            await self._send(result, payload)
-        except TimeoutError:
-            await self._refuse(EngineError(f"the step did not finish within {self._handler.step_timeout:g} s"))
-        except PeerUnreachable:
-            pass  # the reader sees the end of the stream too
+            pass  # the usual end
         except SwarmError as error:
-            await self._refuse(error)
-        finally:
-            future.cancel()
-
-    async def tell_moving(self) -> None:
-        with contextlib.suppress(PeerUnreachable):
-            await self._send(Moving())
-
-    async def _refuse(self, error: SwarmError) -> None:
-        name, text = to_wire(error)
-        logger.info("refused a request of %s: %s: %.300r", self._peer_id, name, text)  # it may quote a stranger
-        tokens_left = error.tokens_left if isinstance(error, CacheFull) else None
-        with contextlib.suppress(PeerUnreachable):
-            await self._send(ErrorReply(error=name, message=text[:2000], tokens_left=tokens_left))
-
-    async def _send(self, message: Message, payload: bytes | memoryview = b"") -> None:
-        """Raises PeerUnreachable if the stream is broken, or its peer reads nothing for the idle limit."""
-        try:
-            async with asyncio.timeout(self._handler.idle_limit):
-                await self._stream.send(message, payload)
+            logger.info("refused a push of %s: %.300r", info.peer_id, error)
+            with contextlib.suppress(PeerUnreachable):
+                await stream.send(error_reply(error))
         except TimeoutError:
-            self._stream.abort()  # ends the session, which would keep its cache for ever
-            raise PeerUnreachable("the other side does not read its answers") from None
+            logger.info("closed a stream of %s, which pushed nothing for %g s", info.peer_id, FIRST_PUSH_LIMIT)
+        finally:
+            stream.close()
+
+    async def _take_pushes(self, stream: FrameStream, peer_id: str) -> None:
+        async with asyncio.timeout(FIRST_PUSH_LIMIT) as limit:
+            opening, _ = await stream.receive(_no_tensor)
+            if not isinstance(opening, OpenPush):
+                raise ProtocolError(f"a push stream begins with OpenPush, not {type(opening).__name__}")
+            session: SessionStream | None = None
+
+            def check(message: Message, payload_size: int) -> None:
+                nonlocal session
+                session = self.by_session.get(opening.session_id)
+                if not isinstance(message, StepRequest) or session is None:
+                    raise SessionLost(f"no session {opening.session_id} here: it was closed, or never opened")
+                session.check_pusher(peer_id)
+                session.check_payload(payload_size)
+
+            while True:
+                message, payload = await stream.receive(check)
+                assert isinstance(message, StepRequest) and session is not None
+                session.incoming.add(stream)  # and it closes when the session does
+                limit.reschedule(None)
+                try:
+                    session.accept(message, payload, clock(), pushed=True)
+                except SwarmError as error:
+                    await session.refuse_pushed(error, message.step)
+
+
+def _no_tensor(message: Message, payload_size: int) -> None:
+    if payload_size:
+        raise ProtocolError(f"{type(message).__name__} messages carry no tensor")

@@ -15,19 +15,25 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from swarm.errors import CacheFull, SessionTooLong, UsageError
 
 
 class RowCache:
-    """One row's share of the cache: `length` tokens in `pages`, at most `max_length`. Owned by `KVCache`."""
+    """One row's share of the cache: `length` tokens in `pages`, at most `max_length`. Owned by `KVCache`.
 
-    __slots__ = ("held", "length", "max_length", "pages", "released", "session")
+    stamps: for each cached token a number that was given once. Where two rows of a session carry equal stamps, one is
+    a copy of the other up to there. int64 [max_length]; empty for a session of one row, which needs none.
+    """
 
-    def __init__(self, session: SessionCache, max_length: int):
+    __slots__ = ("held", "length", "max_length", "pages", "released", "session", "stamps")
+
+    def __init__(self, session: SessionCache, max_length: int, num_stamps: int):
         self.session = session
         self.max_length = max_length
+        self.stamps = np.zeros(num_stamps, dtype=np.int64)
         self.length = 0
         self.pages: list[int] = []
         self.released = False
@@ -40,14 +46,16 @@ class SessionCache:
     entered, last_used: when it took its first page, and when its last batch ended, in seconds of `time.monotonic`.
     waiting_since: when it began to wait for the pages that it lacks, in one step or several; None if it lacks none.
     generating: it went beyond its prompt or replay since it entered. evicted: its rows were released for others.
+    reorder_number: of the last reordering of its rows that was done, see `swarm.protocol.Reorder`.
     """
 
     def __init__(self, num_rows: int, max_length: int):
-        self.rows = [RowCache(self, max_length) for _ in range(num_rows)]
+        self.rows = [RowCache(self, max_length, max_length if num_rows > 1 else 0) for _ in range(num_rows)]
         self.entered = self.last_used = 0.0
         self.waiting_since: float | None = None
         self.generating = False
         self.evicted = False
+        self.reorder_number = 0
 
     @property
     def num_pages(self) -> int:
@@ -82,6 +90,7 @@ class KVCache:
         self._values: list[torch.Tensor | None] = [None] * num_layers
         self._free = [True] * self.num_pages
         self._reserved_pages = 0
+        self._last_stamp = 1
         self._lock = threading.Lock()
 
     # --- admission -----------------------------------------------------------------------------------------------
@@ -195,6 +204,13 @@ class KVCache:
             return 0
         return max(0, self._pages_for(min(length + spare, row.max_length)) - len(row.pages))
 
+    def written(self, row: RowCache, position: int, num_tokens: int) -> None:
+        """The row's new tokens are stored; for the engine's thread."""
+        row.length = position + num_tokens
+        if len(row.stamps):
+            self._last_stamp += num_tokens
+            row.stamps[position : row.length] = range(self._last_stamp - num_tokens, self._last_stamp)
+
     def truncate(self, row: RowCache, length: int) -> None:
         """Forget all tokens from `length` on."""
         with self._lock:
@@ -270,3 +286,10 @@ class KVCache:
                 ) from error
             self._keys[layer], self._values[layer] = keys, values
         return keys, values
+
+    def copy_slots(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Keys and values of all layers at the slots `sources` also at `targets`: int64 [slots] each."""
+        sources, targets = sources.to(self._device), targets.to(self._device)
+        for stored in (*self._keys, *self._values):
+            if stored is not None:
+                stored.index_copy_(2, targets, stored.index_select(2, sources))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from swarm.data_structures import BlockSpan
 from swarm.errors import NotSupported, PeerRefused, ProtocolError, SessionLost, SessionTooLong
-from swarm.protocol import OpenSession, RowSlice, StepRequest, WorkKind
+from swarm.protocol import OpenSession, Reorder, RowSlice, StepRequest, WorkKind
 
 from .kv_cache import KVCache, RowCache
 from .tasks import RowWork
 
 
 class Session:
-    """One session: rows of cache that belong to the peer that opened it."""
+    """One session: rows of cache that belong to the peer that opened it.
+
+    previous, next: where its steps may be pushed from besides its owner, and where its outputs are pushed to.
+    last_step: number of the newest step that was accepted. An older one that arrives later is a late duplicate.
+    """
 
     def __init__(self, request: OpenSession, owner: str, rows: list[RowCache]):
         self.session_id = request.session_id
         self.owner = owner
+        self.previous = request.previous
+        self.next = request.next
+        self.output_codec = request.output_codec
+        self.last_step = -1
         self.span: BlockSpan = request.span
         self.max_length = request.max_length
         self.rows = rows
@@ -26,6 +34,11 @@ class Session:
     def evicted(self) -> bool:
         """Its cache was given to others."""
         return self.rows[0].session.evicted
+
+    def check_alive(self) -> None:
+        """Raises SessionLost if it was evicted."""
+        if self.evicted:
+            raise SessionLost(f"session {self.session_id} was evicted: others needed its cache; it can be replayed")
 
     def check_step(self, request: StepRequest, hidden_size: int) -> list[RowWork]:
         """The work that a step asks for. Raises ProtocolError, SessionTooLong or NotSupported naming what is wrong."""
@@ -39,23 +52,34 @@ class Session:
             raise ProtocolError(f"hidden states for {shape[0]} tokens, but the rows list {tokens}")
         if len({row.row for row in request.rows}) != len(request.rows):
             raise ProtocolError("a step lists a row twice")
-        return [self._check_row(row) for row in request.rows]
+        lengths = self._lengths_after(request.reorder)
+        if request.reorder is not None and len(request.rows) != len(self.rows):
+            raise ProtocolError(f"a step that reorders {len(self.rows)} rows has tokens for {len(request.rows)} only")
+        return [self._check_row(row, lengths) for row in request.rows]
 
-    def _check_row(self, row: RowSlice) -> RowWork:
+    def _lengths_after(self, reorder: Reorder | None) -> list[int]:
+        """Cached tokens of every row, once they are reordered as the step asks."""
+        lengths = [row.length for row in self.rows]
+        if reorder is None or reorder.number <= self.rows[0].session.reorder_number:
+            return lengths
+        if len(reorder.sources) != len(lengths) or max(reorder.sources) >= len(lengths):
+            raise ProtocolError(f"a session of {len(lengths)} rows cannot be reordered as {list(reorder.sources)[:20]}")
+        return [lengths[source] for source in reorder.sources]
+
+    def _check_row(self, row: RowSlice, lengths: Sequence[int]) -> RowWork:
         if row.row >= len(self.rows):
             raise ProtocolError(f"row {row.row} of a session with {len(self.rows)} rows")
-        cache = self.rows[row.row]
         if row.num_tokens == 0:
             raise ProtocolError(f"row {row.row} has no tokens")
-        if row.position > cache.length:
+        if row.position > lengths[row.row]:
             raise ProtocolError(
-                f"row {row.row} goes on at position {row.position}, but only {cache.length} tokens are cached here"
+                f"row {row.row} goes on at position {row.position}, but only {lengths[row.row]} tokens are cached here"
             )
         if row.position + row.num_tokens > self.max_length:
             raise SessionTooLong(
                 f"{row.position} + {row.num_tokens} tokens are more than the session's max_length of {self.max_length}"
             )
-        return RowWork(cache, row.position, row.num_tokens)
+        return RowWork(self.rows[row.row], row.position, row.num_tokens)
 
 
 class SessionTable:
@@ -76,17 +100,6 @@ class SessionTable:
         session = Session(request, owner, self._cache.admit(request.num_rows, request.max_length))
         self._sessions[request.session_id] = session
         self._on_change()
-        return session
-
-    def get(self, session_id: str, peer_id: str) -> Session:
-        """The session, if it belongs to this peer. Raises SessionLost or PeerRefused."""
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise SessionLost(f"no session {session_id} here: it was closed, or never opened")
-        if session.owner != peer_id:
-            raise PeerRefused(f"session {session_id} belongs to another peer")
-        if session.evicted:
-            raise SessionLost(f"session {session_id} was evicted: others needed its cache; it can be replayed")
         return session
 
     def close(self, session: Session) -> None:

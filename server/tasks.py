@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from swarm.errors import SwarmError
-from swarm.protocol import WorkKind
+from swarm.protocol import Reorder, WorkKind
 
 from .batch import RowChunk
 from .kv_cache import RowCache
@@ -38,13 +38,17 @@ class StepOutput:
 
 @dataclass
 class StepTask:
-    """One step of one session: the tokens of its rows, side by side, through local blocks [start, end)."""
+    """One step of one session: the tokens of its rows, side by side, through local blocks [start, end).
+
+    reorder: of the session's rows, before anything else, unless an earlier try of this step did it.
+    """
 
     hidden: torch.Tensor
     rows: Sequence[RowWork]
     start: int
     end: int
     work: WorkKind = WorkKind.INFERENCE
+    reorder: Reorder | None = None
     future: Future[StepOutput] = field(default_factory=Future)
     created: float = field(default_factory=time.monotonic)
     queue_time: float = 0.0

@@ -1,10 +1,17 @@
-"""The messages of one inference stream, and the short questions peers ask each other.
+"""The messages of inference streams, and the short questions peers ask each other.
 
-An inference stream carries one session. The client writes `OpenSession`, then any number of `StepRequest`, each
-followed by its tensor; the server answers each with one message. When the stream ends, so does the session.
+Two kinds of binary stream carry a session's work:
+
+- An *inference stream* goes from the client to one server and carries one session; when it ends, so does the session.
+  The client writes `OpenSession`, then `StepRequest`s, each followed by its tensor; the server answers each with a
+  `StepResult` or an `ErrorReply`. `Relink` tells the server anew who stands before and after it in the chain.
+- A *push stream* goes from one server to the next of a chain: `OpenPush` names the session over there, then come the
+  same `StepRequest`s, with the first server's output as their tensor. The answers go to the client, not back.
 
 A step works on *rows*: one row is one sequence of the session's batch. Rows are flattened, so a tensor is
 [tokens, hidden_size] and `RowSlice` says which tokens belong to which row, and from which position on.
+Steps are numbered by the client, upwards through the whole life of a session and over all its servers; a step that is
+tried again gets a new number, so a server can tell a late duplicate from news.
 Adapters are named per row and the kind of work per step from the first protocol version on, so that servers which
 learn more can be told from those that refuse.
 """
@@ -12,17 +19,18 @@ learn more can be told from those that refuse.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgpack
 from hivemind.p2p import P2PContext, ServicerBase
 from hivemind.proto import runtime_pb2
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from .data_structures import PROTOCOL_VERSION, BlockSpan, Fingerprint, Frozen
+from .data_structures import MAX_BLOCKS, PROTOCOL_VERSION, BlockSpan, Fingerprint, Frozen, PeerName
 from .errors import MessageTooLarge, ProtocolError
 
 INFERENCE_STREAM = f"petswarm/inference/{PROTOCOL_VERSION}"
+PUSH_STREAM = f"petswarm/push/{PROTOCOL_VERSION}"
 
 #: Largest tensor in one message. Longer prompts travel in several steps.
 MAX_PAYLOAD_BYTES = 16 * 2**20
@@ -36,6 +44,9 @@ MAX_ROWS = 1024
 MAX_POSITION = 2**24
 
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+#: A point in time on its sender's own clock, or a duration, in microseconds: a float of seconds would take more bytes.
+Microseconds = Annotated[int, Field(ge=0, lt=2**63)]
+StepNumber = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class WorkKind(StrEnum):
@@ -44,11 +55,33 @@ class WorkKind(StrEnum):
     BACKWARD = "backward"
 
 
-class TensorMeta(Frozen):
-    """How the bytes that follow a message become a tensor."""
+class Codec(StrEnum):
+    """How a tensor travels: as the values of a type, or (`BLOCKWISE8`) compressed; see `swarm.tensors`."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    BLOCKWISE8 = "blockwise8"
+
+
+class Compact(Frozen):
+    """Travels as the list of its values, without the names of its fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        if isinstance(data, list):
+            if len(data) > len(cls.model_fields):
+                raise ValueError(f"{len(data)} values for {len(cls.model_fields)} fields")
+            return dict(zip(cls.model_fields, data, strict=False))
+        return data
+
+
+class TensorMeta(Compact):
+    """How the bytes that follow a message become a tensor: [tokens, hidden_size]."""
 
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=4)]
-    dtype: Annotated[str, Field(pattern=r"^(float32|float16|bfloat16)$")]
+    codec: Codec
 
 
 class RowSlice(NamedTuple):
@@ -62,12 +95,34 @@ class RowSlice(NamedTuple):
     num_tokens: Annotated[int, Field(ge=0, le=MAX_POSITION)]
 
 
-class Message(Frozen):
+class Reorder(NamedTuple):
+    """Before the step, row i becomes a copy of what row `sources[i]` was, as beam search asks for.
+
+    number: counts the reorderings of a session. A server that did this one already (in a step that is tried again)
+    skips it.
+    """
+
+    number: Annotated[int, Field(ge=0, lt=2**63)]
+    sources: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_ROWS)], ...], Field(max_length=MAX_ROWS)]
+
+
+class NextServer(NamedTuple):
+    """Where a server pushes its output: a peer, and the session that the same client has there."""
+
+    peer_id: PeerName
+    session_id: SessionId
+
+
+class Message(Compact):
     kind: ClassVar[str]
 
 
 class OpenSession(Message):
-    """Client -> server: reserve cache for `num_rows` rows of up to `max_length` tokens through blocks `span`."""
+    """Client -> server: reserve cache for `num_rows` rows of up to `max_length` tokens through blocks `span`.
+
+    output_codec: how the outputs shall travel, to the client and to the next server alike.
+    previous, next: the servers before and after this one, see `Relink`.
+    """
 
     kind: ClassVar[str] = "open"
     session_id: SessionId
@@ -75,44 +130,95 @@ class OpenSession(Message):
     span: BlockSpan
     num_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
     max_length: Annotated[int, Field(ge=1, le=MAX_POSITION)]
+    output_codec: Codec
+    previous: PeerName | None = None
+    next: NextServer | None = None
     adapters: Annotated[tuple[str | None, ...], Field(max_length=MAX_ROWS)] = ()
 
 
 class SessionOpened(Message):
+    """Server -> client. clock: the server's, when it wrote this."""
+
     kind: ClassVar[str] = "opened"
     session_id: SessionId
     cache_tokens_left: Annotated[int, Field(ge=0)]
+    clock: Microseconds
+
+
+class Relink(Message):
+    """Client -> server: from now on, pushes come from `previous` alone, and outputs go to `next`.
+
+    None: the client itself sends the steps, or takes the outputs.
+    """
+
+    kind: ClassVar[str] = "relink"
+    previous: PeerName | None
+    next: NextServer | None
+
+
+class Relinked(Message):
+    """Server -> client: done. Pushes from others are refused from now on."""
+
+    kind: ClassVar[str] = "relinked"
+
+
+class OpenPush(Message):
+    """Server -> next server: the steps that follow on this stream are for this session."""
+
+    kind: ClassVar[str] = "push"
+    session_id: SessionId
 
 
 class StepRequest(Message):
-    """Client -> server: run these tokens through the session's span. The tensor is [tokens, hidden_size]."""
+    """Client or previous server -> server: run these tokens through the session's span.
+
+    push: through so many further servers of the chain the outputs shall be pushed; 0: only the client gets them.
+    sent_at: by the sender's clock.
+    """
 
     kind: ClassVar[str] = "step"
-    session_id: SessionId
-    step: Annotated[int, Field(ge=0)]
-    work: WorkKind = WorkKind.INFERENCE
+    step: StepNumber
     rows: Annotated[tuple[RowSlice, ...], Field(min_length=1, max_length=MAX_ROWS)]
     hidden: TensorMeta
+    push: Annotated[int, Field(ge=0, le=MAX_BLOCKS)] = 0
+    sent_at: Microseconds = 0
+    reorder: Reorder | None = None
+    work: WorkKind = WorkKind.INFERENCE
 
 
 class StepResult(Message):
     """Server -> client: the span's output for the same tokens.
 
-    queue_time, compute_time: seconds that the tokens waited for the device, and that the device worked.
+    pushed: the request came from the previous server. request_sent_at: as the request said, by its sender's clock.
+    received_at, sent_at: when the request was here and when this left, by the server's clock.
+    queue_time, compute_time, codec_time: how long the tokens waited for the device, how long it worked, and what
+    decoding the input and encoding the output took.
     moving: this server is leaving; the session should go on elsewhere.
     """
 
     kind: ClassVar[str] = "result"
-    step: Annotated[int, Field(ge=0)]
+    step: StepNumber
     hidden: TensorMeta
-    queue_time: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    compute_time: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    pushed: bool
+    request_sent_at: Microseconds
+    received_at: Microseconds
+    queue_time: Microseconds
+    compute_time: Microseconds
+    codec_time: Microseconds
+    sent_at: Microseconds
     moving: bool = False
+
+
+class PushFailed(Message):
+    """Server -> client: the output of this step did not reach the next server; the client has its copy."""
+
+    kind: ClassVar[str] = "unpushed"
+    step: StepNumber
+    reason: Annotated[str, Field(max_length=2000)]
 
 
 class CloseSession(Message):
     kind: ClassVar[str] = "close"
-    session_id: SessionId
 
 
 class Moving(Message):
@@ -122,36 +228,66 @@ class Moving(Message):
 
 
 class ErrorReply(Message):
-    """Server -> client: the request failed. `error` is the name of a class in `swarm.errors`."""
+    """The request failed. `error` is the name of a class in `swarm.errors`.
+
+    step: which one, also if it came from the previous server; None if it was no step that failed.
+    """
 
     kind: ClassVar[str] = "error"
     error: Annotated[str, Field(max_length=64)]
     message: Annotated[str, Field(max_length=2000)]
     tokens_left: int | None = None
+    step: StepNumber | None = None
 
 
 _KINDS: dict[str, type[Message]] = {
-    cls.kind: cls for cls in (OpenSession, SessionOpened, StepRequest, StepResult, CloseSession, Moving, ErrorReply)
+    cls.kind: cls
+    for cls in (
+        OpenSession,
+        SessionOpened,
+        Relink,
+        Relinked,
+        OpenPush,
+        StepRequest,
+        StepResult,
+        PushFailed,
+        CloseSession,
+        Moving,
+        ErrorReply,
+    )
 }
 
 
 def pack(message: Message) -> bytes:
     """A message as bytes, without its tensor. Raises MessageTooLarge if it is over MAX_HEADER_BYTES."""
-    data: bytes = msgpack.packb([message.kind, message.model_dump()], use_bin_type=True)
+    data: bytes = msgpack.packb([message.kind, *_values(message)], use_bin_type=True, default=_plain)
     if len(data) > MAX_HEADER_BYTES:
         raise MessageTooLarge(f"a {message.kind} message of {len(data)} bytes is over the limit of {MAX_HEADER_BYTES}")
     return data
 
 
+def _values(value: Compact) -> list[Any]:
+    return [getattr(value, name) for name in type(value).model_fields]
+
+
+def _plain(value: Any) -> Any:
+    """What msgpack cannot pack by itself."""
+    if isinstance(value, Compact):
+        return _values(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    raise TypeError(f"a {type(value).__name__} does not travel")
+
+
 def unpack(data: bytes) -> Message:
     """The message in these bytes. Raises ProtocolError if they are not one."""
     try:
-        kind, fields = msgpack.unpackb(data, raw=False, strict_map_key=True)
+        kind, *values = msgpack.unpackb(data, raw=False, strict_map_key=True)
         message_type = _KINDS[kind]
     except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
         raise ProtocolError(f"not a message of protocol version {PROTOCOL_VERSION}: {error!r:.200}") from error
     try:
-        return message_type.model_validate(fields)
+        return message_type.model_validate(values)
     except ValidationError as error:
         raise ProtocolError(f"bad {message_type.__name__} message: {explain(error)}") from error
 

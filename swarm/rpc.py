@@ -35,10 +35,15 @@ from .protocol import (
 
 _LENGTHS = struct.Struct(">II")
 #: A payload up to this many bytes is copied behind its header: one system call costs more than the copy.
-_ONE_WRITE = 64 * 2**10
+ONE_WRITE = 64 * 2**10
 #: What a measurement of the network sends first; the whole only over a link that takes this much in so many seconds.
 _SMALL_UPLOAD_BYTES = 64 * 2**10
 _QUICK_UPLOAD = 0.25
+
+
+def clock() -> int:
+    """This machine's clock in microseconds, for `Microseconds` in messages. It starts anywhere and never jumps."""
+    return time.monotonic_ns() // 1000
 
 
 class FrameStream:
@@ -48,14 +53,14 @@ class FrameStream:
         self._reader = reader
         self._writer = writer
 
-    async def send(self, message: Message, payload: bytes | memoryview = b"") -> None:
+    async def send(self, message: Message, payload: bytes | bytearray | memoryview = b"") -> None:
         """Write one frame. Raises MessageTooLarge before anything is sent, PeerUnreachable if the stream is broken."""
         size = len(payload)
         if size > MAX_PAYLOAD_BYTES:
             raise MessageTooLarge(f"a tensor of {size} bytes is over the limit of {MAX_PAYLOAD_BYTES} per message")
         header = pack(message)
         try:
-            if size <= _ONE_WRITE:
+            if size <= ONE_WRITE:
                 self._writer.write(b"".join((_LENGTHS.pack(len(header), size), header, payload)))
             else:
                 self._writer.write(_LENGTHS.pack(len(header), size) + header)
@@ -116,14 +121,14 @@ def _translated(peer_id: str, action: str, timeout: float) -> Iterator[None]:
         raise PeerUnreachable(f"server {peer_id} cannot be reached: {error}") from error
 
 
-async def open_stream(p2p: P2P, peer_id: str, timeout: float) -> FrameStream:
-    """Open an inference stream to a server. An open stream does not prove that the server lives: only a reply does.
+async def open_stream(p2p: P2P, peer_id: str, timeout: float, kind: str = INFERENCE_STREAM) -> FrameStream:
+    """Open a stream to a server. An open stream does not prove that the server lives: only a reply does.
 
     Raises PeerUnreachable or PeerTimeout.
     """
     with _translated(peer_id, "accept a connection", timeout):
         async with asyncio.timeout(timeout):
-            _, reader, writer = await p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), INFERENCE_STREAM)
+            _, reader, writer = await p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), kind)
     return FrameStream(reader, writer)
 
 

@@ -15,10 +15,8 @@ from swarm.checkpoint import open_checkpoint
 from swarm.client.block_client import RemoteSpan
 from swarm.client.config import ClientConfig
 from swarm.client.model import SwarmConnection
-from swarm.data_structures import BlockSpan
-from swarm.protocol import RowSlice
-from swarm.routing.chain import ChainLink
 from swarm.rpc import server_info
+from swarm.scripts.bench_echo import EchoSession
 from swarm.scripts.local_swarm import LocalSwarm
 
 PATIENCE = 60.0  # seconds for what takes milliseconds on an idle machine
@@ -55,22 +53,17 @@ class Users:
         lives = [self._live, self._live, self._cancel, self._live, self._live, self._vanish]
         await asyncio.gather(*(lives[index % len(lives)]() for index in range(WAVE - 1)))
 
-    async def _open(self, connection: SwarmConnection) -> RemoteSpan:
-        span = BlockSpan(start=0, end=connection.num_blocks)
-        (link,) = await connection.router.find_chain(span, cache_tokens=0)
-        assert isinstance(link, ChainLink)
-        opened = await connection.client.open(link, num_rows=1, max_length=PROMPT + STEPS)
-        assert isinstance(opened, RemoteSpan)
-        return opened
+    async def _open(self, connection: SwarmConnection) -> EchoSession:
+        return await EchoSession.open(connection, PROMPT + STEPS, self._hidden)
 
-    async def _prefill(self, session: RemoteSpan) -> None:
-        await session.step([RowSlice(0, 0, PROMPT)], self._hidden)
+    async def _prefill(self, session: EchoSession) -> None:
+        await session.step(0, self._hidden)
 
     async def _live(self) -> None:
         session = await self._open(self.connection)
         await self._prefill(session)
         for position in range(PROMPT, PROMPT + STEPS):
-            await session.step([RowSlice(0, position, 1)], self._hidden[:1])
+            await session.step(position, self._hidden[:1])
         session.close()
 
     async def _cancel(self) -> None:
@@ -85,7 +78,8 @@ class Users:
         session = await self._open(self.connection)
         step = asyncio.create_task(self._prefill(session))
         await asyncio.sleep(0)
-        session._stream.abort()
+        assert isinstance(session.hop.span, RemoteSpan)
+        session.hop.span._stream.abort()
         await asyncio.wait({step})
         step.exception()
 

@@ -1,0 +1,194 @@
+"""One step through a chain of servers: sent to the first, pushed from each to the next, answered by the last.
+
+The answers of all others are copies for the history, and nobody waits for them. Where a server does not reach the next,
+or `direct_push` is off, the client carries its output itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+
+from swarm.errors import PeerTimeout, ProtocolError, SwarmError
+from swarm.protocol import Codec, NextServer, StepRequest
+from swarm.routing.chain import ChainLink
+from swarm.rpc import clock
+from swarm.tensors import all_finite, decode
+
+from .block_client import Expected, OpenSpan, SpanOutput
+from .history import History, Step, WireTensor
+from .patience import Patience
+
+
+@dataclass
+class Hop:
+    """One server of a session's chain: its part of the blocks, its open stream, and what it was sent.
+
+    output_codec: how its outputs travel, to us and to the next.
+    proven: it answered a step. That it took the session says little.
+    """
+
+    link: ChainLink
+    span: OpenSpan
+    history: History
+    output_codec: Codec
+    proven: bool = False
+
+    @property
+    def as_next(self) -> NextServer:
+        return NextServer(self.link.peer_id, self.span.session_id)
+
+
+class HopFailed(Exception):
+    """A server failed in a step. Those before it are done with the step.
+
+    index: of the hop. error: what happened. since: seconds of `time.monotonic` when the step got there, as far as we
+    know, so the earliest moment of the failure.
+    """
+
+    def __init__(self, index: int, error: SwarmError, since: float):
+        super().__init__(str(error))
+        self.index, self.error, self.since = index, error, since
+
+
+class StepRun:
+    """One try of a step through `hops`.
+
+    answers: of all hops; those of hops that were only copied to us may come after the step is done.
+    """
+
+    def __init__(self, hops: Sequence[Hop], step: Step, *, number: int, direct_push: bool, patience: Patience):
+        self.answers: list[Expected] = []
+        self._hops = hops
+        self._step = step
+        self._number = number
+        self._direct_push = direct_push
+        self._patience = patience
+        self._news = asyncio.Event()
+        self._progress = time.monotonic()
+        # the hop that we sent the step to last, and its inputs
+        self._first = 0
+        self._inputs: WireTensor
+
+    async def run(self, inputs: WireTensor) -> torch.Tensor:
+        """The last hop's output: [tokens, hidden_size]. Raises HopFailed."""
+        num_tokens = inputs.meta.shape[0]
+        self.answers = [hop.span.expect(self._number, num_tokens, self._news.set) for hop in self._hops]
+        self._first, self._inputs = 0, inputs
+        while True:
+            end = self._end_of_pushes()
+            await self._send(end)
+            done = await self._wait(end)
+            output = self.answers[done].output
+            assert output is not None
+            if done == len(self._hops) - 1:
+                return self._decode(output)
+            self._first, self._inputs = done + 1, output.tensor  # which we carry on ourselves
+
+    def _end_of_pushes(self) -> int:
+        """The hop whose output the client must take itself, for a step that it sends now."""
+        last = len(self._hops) - 1
+        if not self._direct_push:
+            return self._first
+        return next((index for index in range(self._first, last) if self._hops[index].span.cannot_push), last)
+
+    async def _send(self, end: int) -> None:
+        first = self._first
+        if (error := self.answers[first].error) is not None:
+            self._fail(first, error)
+        request = StepRequest(
+            step=self._number,
+            rows=tuple(self._step.rows),
+            hidden=self._inputs.meta,
+            push=end - first,
+            sent_at=clock(),
+            reorder=self._step.reorder,
+        )
+        try:
+            await self._hops[first].span.send(request, self._inputs.data)
+        except SwarmError as failure:
+            self._fail(first, failure)
+
+    async def _wait(self, end: int) -> int:
+        """Until hop `end` answered, or one before it did that cannot push its output on: which. Raises HopFailed."""
+        at = self._first  # the hop that the step is at, as far as we know
+        self._progress = time.monotonic()
+        while self.answers[end].output is None:
+            while self.answers[at].output is not None:
+                at, self._progress = at + 1, time.monotonic()
+            if (error := self.answers[at].error) is not None:
+                self._fail(at, error)
+            if at > self._first and (span := self._hops[at - 1].span) and (span.cannot_push or span.broken is not None):
+                return at - 1
+            self._news.clear()
+            try:
+                async with asyncio.timeout(self._patience.before_probe):
+                    await self._news.wait()
+            except TimeoutError:
+                await self._probe(at)
+        return end
+
+    async def _probe(self, at: int) -> None:
+        """The answer is overdue: is the server busy, or does it hang? Raises HopFailed if it does."""
+        peer_id, timeout = self._hops[at].link.peer_id, self._patience.request_timeout
+        if time.monotonic() - self._progress >= timeout:
+            self._fail(at, PeerTimeout(f"server {peer_id} did not answer a step within {timeout:g} s"))
+        probe = asyncio.create_task(self._hops[at].span.probe(self._patience.hang_timeout))
+        news = asyncio.create_task(self._news.wait())
+        try:
+            await asyncio.wait({probe, news}, return_when=asyncio.FIRST_COMPLETED)
+            if news.done() or probe.exception() is None:
+                return
+        finally:
+            probe.cancel()
+            news.cancel()
+        waited = time.monotonic() - self._progress
+        self._fail(at, PeerTimeout(f"server {peer_id} answered neither a step nor a ping within {waited:.2f} s"))
+
+    def _fail(self, at: int, error: SwarmError) -> NoReturn:
+        """Raises HopFailed for hop `at`, or for the one before it if that sent it nonsense."""
+        if at > self._first and isinstance(error, ProtocolError):
+            before = self.answers[at - 1].output
+            if before is not None and not all_finite(decode(before.tensor.meta, before.tensor.data)):
+                at, error = at - 1, self._nonsense(at - 1)
+        raise HopFailed(at, error, self._progress) from error
+
+    def _decode(self, output: SpanOutput) -> torch.Tensor:
+        hidden = decode(output.tensor.meta, output.tensor.data)
+        if not all_finite(hidden):
+            last = len(self._hops) - 1
+            self._fail(last, self._nonsense(last))
+        return hidden
+
+    def _nonsense(self, index: int) -> ProtocolError:
+        return ProtocolError(f"server {self._hops[index].link.peer_id} answered with NaN or infinity")
+
+
+def remember(hops: Sequence[Hop], step: Step, inputs: Sequence[WireTensor | asyncio.Future[WireTensor]]) -> None:
+    """A step is done: what each hop was sent goes into its history, now or when the copy of it comes."""
+    for hop, tensor in zip(hops, inputs, strict=False):
+        hop.history.write(step, tensor)
+
+
+def outputs_of(answers: Sequence[Expected]) -> list[WireTensor | asyncio.Future[WireTensor]]:
+    return [_tensor_of(answer) for answer in answers]
+
+
+def _tensor_of(answer: Expected) -> WireTensor | asyncio.Future[WireTensor]:
+    if answer.output is not None:
+        return answer.output.tensor
+    tensor: asyncio.Future[WireTensor] = asyncio.get_running_loop().create_future()
+
+    def arrived(_: object) -> None:
+        if answer.output is not None:
+            tensor.set_result(answer.output.tensor)
+        else:
+            tensor.cancel()
+
+    answer.answer.add_done_callback(arrived)
+    return tensor

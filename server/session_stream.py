@@ -1,0 +1,281 @@
+"""One session, as its streams bring it: requests of its owner, and what the server before it in the chain pushes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from swarm.errors import (
+    CacheFull,
+    EngineError,
+    MessageTooLarge,
+    PeerRefused,
+    PeerUnreachable,
+    ProtocolError,
+    SessionLost,
+    SwarmError,
+    to_wire,
+)
+from swarm.protocol import (
+    CloseSession,
+    ErrorReply,
+    Message,
+    Moving,
+    OpenSession,
+    PushFailed,
+    Relink,
+    Relinked,
+    SessionOpened,
+    StepRequest,
+    StepResult,
+)
+from swarm.rpc import ONE_WRITE, FrameStream, clock
+from swarm.tensors import all_finite, decode, encode
+
+from .pushes import PushLink
+from .sessions import Session
+from .tasks import StepOutput, StepTask
+
+if TYPE_CHECKING:
+    from .handler import Handler
+
+logger = logging.getLogger(__name__)
+
+#: Bytes that a step may bring beyond what its session reserved: then it is read, and refused with what is wrong.
+PAYLOAD_SLACK = 2**16
+
+
+class SessionStream:
+    """The stream of a session's owner. Requests are read while a step runs, so that the stream's end is noticed at
+    once, and so that a newer step can take the place of one that runs."""
+
+    def __init__(self, handler: Handler, stream: FrameStream, peer_id: str):
+        self._handler = handler
+        self._stream = stream
+        self._peer_id = peer_id
+        self._session: Session | None = None
+        self._link: PushLink | None = None
+        self._newest: StepTask | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self._idle: asyncio.Timeout | None = None
+        #: streams of servers that push steps of this session
+        self.incoming: set[FrameStream] = set()
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a stream is served by a task")
+        self.task: asyncio.Task[object] = task
+
+    async def run(self) -> None:
+        limit = self._handler.idle_limit
+        try:
+            async with asyncio.timeout(limit) as self._idle:
+                while True:
+                    message, payload = await self._stream.receive(self._check_size)
+                    if isinstance(message, CloseSession):
+                        return
+                    await self._dispatch(message, payload, clock())
+        except TimeoutError:
+            await self._refuse(SessionLost(f"no step for {limit:g} s: the session is closed"))
+        except PeerUnreachable:
+            pass  # the usual end of a session
+        except SwarmError as error:  # after which the stream cannot be understood any more
+            await self._refuse(error)
+        except asyncio.CancelledError:  # the server stops
+            pass
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        for work in self._work:
+            work.cancel()
+        if self._link is not None:
+            self._link.close()
+        if self._session is not None:
+            self._handler.sessions.close(self._session)
+            self._handler.by_session.pop(self._session.session_id, None)
+        for stream in (self._stream, *self.incoming):
+            stream.close()
+
+    def _check_size(self, message: Message, payload_size: int) -> None:
+        """Refuse a tensor before it takes memory: of somebody who holds no session here, or too large for his own."""
+        if isinstance(message, StepRequest):
+            self.check_payload(payload_size)
+        elif payload_size:
+            raise ProtocolError(f"{type(message).__name__} messages carry no tensor")
+
+    def check_payload(self, size: int) -> None:
+        session = self._own_session()
+        values = len(session.rows) * session.max_length * self._handler.engine.span.hidden_size
+        if size > 4 * values + PAYLOAD_SLACK:  # in float32
+            raise MessageTooLarge(f"a tensor of {size} bytes, more than this session reserved room for")
+
+    def check_pusher(self, peer_id: str) -> None:
+        """Raises PeerRefused unless the session's owner named this peer as the one before us."""
+        if self._own_session().previous != peer_id:
+            raise PeerRefused("the owner of this session did not name you as the server before this one")
+
+    def _own_session(self) -> Session:
+        if self._session is None:
+            raise SessionLost("no session was opened on this stream")
+        return self._session
+
+    async def _dispatch(self, message: Message, payload: bytes, received_at: int) -> None:
+        step = message.step if isinstance(message, StepRequest) else None
+        try:
+            if isinstance(message, OpenSession):
+                await self._open(message)
+            elif isinstance(message, StepRequest):
+                self.accept(message, payload, received_at, pushed=False)
+            elif isinstance(message, Relink):
+                await self._relink(message)
+            else:
+                raise ProtocolError(f"a server takes no {type(message).__name__} messages")
+        except PeerUnreachable:
+            raise
+        except SwarmError as error:  # the request was bad, the session is as it was
+            await self._refuse(error, step)
+
+    async def _open(self, request: OpenSession) -> None:
+        if self._session is not None:
+            raise ProtocolError("a stream carries one session, and this one has its own already")
+        self._session = self._handler.open_session(request, self._peer_id)
+        self._handler.by_session[request.session_id] = self
+        self._connect_next(request.next)
+        left = self._handler.engine.cache.tokens_left
+        await self._send(SessionOpened(session_id=request.session_id, cache_tokens_left=left, clock=clock()))
+
+    async def _relink(self, request: Relink) -> None:
+        session = self._own_session()
+        session.previous = request.previous
+        self._connect_next(request.next)
+        await self._send(Relinked())
+
+    def _connect_next(self, target: object) -> None:
+        session = self._own_session()
+        session.next = target  # type: ignore[assignment]
+        if self._link is not None and self._link.target == target:
+            return
+        if self._link is not None:
+            self._link.close()
+        self._link = None if session.next is None else PushLink(self._handler.p2p, session.next, self._push_failed)
+
+    def accept(self, request: StepRequest, payload: bytes, received_at: int, *, pushed: bool) -> None:
+        """Run a step; its answer goes to the owner. One that is older than the newest is a late duplicate, and dropped.
+
+        Raises SwarmError if it cannot be run as asked; the session is as it was then.
+        """
+        session = self._own_session()
+        session.check_alive()
+        if request.step <= session.last_step:
+            logger.info("dropped step %d of session %s: a late duplicate", request.step, session.session_id)
+            return
+        span = self._handler.engine.span
+        rows = session.check_step(request, span.hidden_size)
+        started = clock()
+        hidden = decode(request.hidden, payload)
+        if not all_finite(hidden):
+            raise ProtocolError("the hidden states hold NaN or infinity")
+        codec_time = clock() - started
+        task = StepTask(hidden, rows, *span.local(session.span), reorder=request.reorder)
+        session.last_step = request.step
+        if self._newest is not None:
+            self._newest.future.cancel()  # its client has given it up
+        self._newest = task
+        self._touch(None)
+        work = asyncio.create_task(self._answer(request, task, received_at, codec_time, pushed))
+        self._work.add(work)
+        work.add_done_callback(self._work.discard)
+
+    def _touch(self, seconds_left: float | None) -> None:
+        """From now on, so many seconds without a step end the session; None: no limit, a step is running."""
+        if self._idle is not None and not self._idle.expired():
+            with contextlib.suppress(RuntimeError):  # it is over
+                when = None if seconds_left is None else asyncio.get_running_loop().time() + seconds_left
+                self._idle.reschedule(when)
+
+    async def _answer(
+        self, request: StepRequest, task: StepTask, received_at: int, codec_time: int, pushed: bool
+    ) -> None:
+        future = self._handler.engine.submit(task)
+        try:
+            async with asyncio.timeout(self._handler.step_timeout):
+                output = await asyncio.wrap_future(future)
+            await self._deliver(request, output, received_at, codec_time, pushed)
+        except TimeoutError:
+            text = f"the step did not finish within {self._handler.step_timeout:g} s"
+            await self._refuse(EngineError(text), request.step)
+        except PeerUnreachable:
+            pass  # the reader sees the end of the stream too
+        except SwarmError as error:
+            await self._refuse(error, request.step)
+        finally:
+            future.cancel()
+            if task is self._newest:
+                self._touch(self._handler.idle_limit)
+
+    async def _deliver(
+        self, request: StepRequest, output: StepOutput, received_at: int, codec_time: int, pushed: bool
+    ) -> None:
+        """Push to the next server first, for the sake of whoever waits for the token; then the owner gets the same."""
+        started = clock()
+        meta, payload = encode(output.hidden, self._own_session().output_codec)
+        sent_at = clock()
+        result = StepResult(
+            step=request.step,
+            hidden=meta,
+            pushed=pushed,
+            request_sent_at=request.sent_at,
+            received_at=received_at,
+            queue_time=int(output.queue_time * 1e6),
+            compute_time=int(output.compute_time * 1e6),
+            codec_time=codec_time + sent_at - started,
+            sent_at=sent_at,
+            moving=self._handler.draining,
+        )
+        if not request.push or self._link is None:
+            await self._send(result, payload)
+            return
+        push = request.model_copy(update={"hidden": meta, "sent_at": sent_at, "push": request.push - 1})
+        if len(payload) <= ONE_WRITE:
+            await self._link.send(push, payload)
+            await self._send(result, payload)
+        else:  # a slow link to one of them must not hold up the other
+            await asyncio.gather(self._link.send(push, payload), self._send(result, payload))
+
+    def _push_failed(self, step: int, reason: str) -> None:
+        logger.info("could not push step %d of %s: %.300r", step, self._peer_id, reason)
+        work = asyncio.create_task(self._tell(PushFailed(step=step, reason=reason[:2000])))
+        self._work.add(work)
+        work.add_done_callback(self._work.discard)
+
+    async def tell_moving(self) -> None:
+        await self._tell(Moving())
+
+    async def _tell(self, message: Message) -> None:
+        with contextlib.suppress(PeerUnreachable):
+            await self._send(message)
+
+    async def _refuse(self, error: SwarmError, step: int | None = None) -> None:
+        logger.info("refused a request of %s: %.300r", self._peer_id, error)  # it may quote a stranger
+        await self._tell(error_reply(error, step))
+
+    async def refuse_pushed(self, error: SwarmError, step: int) -> None:
+        """Tell the owner why a step that was pushed here cannot be run."""
+        await self._refuse(error, step)
+
+    async def _send(self, message: Message, payload: bytes | memoryview = b"") -> None:
+        """Raises PeerUnreachable if the stream is broken, or its peer reads nothing for the idle limit."""
+        try:
+            async with asyncio.timeout(self._handler.idle_limit):
+                await self._stream.send(message, payload)
+        except TimeoutError:
+            self._stream.abort()  # ends the session, which would keep its cache for ever
+            raise PeerUnreachable("the other side does not read its answers") from None
+
+
+def error_reply(error: SwarmError, step: int | None = None) -> ErrorReply:
+    name, text = to_wire(error)
+    tokens_left = error.tokens_left if isinstance(error, CacheFull) else None
+    return ErrorReply(error=name, message=text[:2000], tokens_left=tokens_left, step=step)
