@@ -47,7 +47,7 @@ def clock() -> int:
 
 
 class FrameStream:
-    """Messages over one binary stream. Not for concurrent senders or receivers."""
+    """Messages over one binary stream. Concurrent senders do not mix their frames; there must be one receiver."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader = reader
@@ -92,6 +92,11 @@ class FrameStream:
             raise PeerUnreachable("the other side closed the connection") from error
         return message, payload
 
+    @property
+    def backlog(self) -> int:
+        """Bytes that were written and have not left this process yet."""
+        return self._writer.transport.get_write_buffer_size()
+
     def abort(self) -> None:
         """Drop the stream with all that was not sent yet; the reader sees its end."""
         self._writer.transport.abort()
@@ -126,9 +131,13 @@ async def open_stream(p2p: P2P, peer_id: str, timeout: float, kind: str = INFERE
 
     Raises PeerUnreachable or PeerTimeout.
     """
+    try:
+        peer = PeerID.from_base58(peer_id)
+    except ValueError as error:
+        raise PeerUnreachable(f"{peer_id!r} is not the id of a peer: {error}") from error
     with _translated(peer_id, "accept a connection", timeout):
         async with asyncio.timeout(timeout):
-            _, reader, writer = await p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), kind)
+            _, reader, writer = await p2p.call_binary_stream_handler(peer, kind)
     return FrameStream(reader, writer)
 
 

@@ -8,20 +8,17 @@ import logging
 import secrets
 import socket
 import struct
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import msgpack
 import pytest
-import pytest_asyncio
 import torch
 from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 
-from swarm.checkpoint import Checkpoint
-from swarm.data_structures import BlockSpan, ServerInfo, ServerState
+from swarm.data_structures import BlockSpan
 from swarm.errors import (
     BadSpan,
     CacheFull,
@@ -29,7 +26,6 @@ from swarm.errors import (
     MessageTooLarge,
     NotSupported,
     PeerRefused,
-    PeerUnreachable,
     ProtocolError,
     SessionLost,
     SessionTooLong,
@@ -41,228 +37,35 @@ from swarm.protocol import (
     MAX_PAYLOAD_BYTES,
     BlockProtocol,
     CloseSession,
+    Codec,
     ErrorReply,
     Message,
     Moving,
+    NextServer,
+    OpenPush,
     OpenSession,
+    PushFailed,
+    Relink,
+    Relinked,
     RowSlice,
     SessionOpened,
     StepRequest,
     StepResult,
     TensorMeta,
     WorkKind,
+    pack,
 )
-from swarm.rpc import FrameStream, open_stream, server_info
-from swarm.server.engine import Engine
-from swarm.server.handler import Handler
-from swarm.server.kv_cache import KVCache
-from swarm.server.loader import load_span
-from swarm.server.sessions import SessionTable
-from swarm.server.tasks import StepTask
-from swarm.tensors import from_bytes, to_bytes
+from swarm.rpc import FrameStream, server_info
+from swarm.tensors import decode, encode
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("bystander")]
+
+World = Client = Gate = Any  # see conftest.py
 
 LIMIT = 30.0  # seconds for what takes milliseconds on an idle machine
 SPAN = BlockSpan(start=2, end=6)
 CACHE_TOKENS = 4096
 FINGERPRINT = "ab" * 32
-INFO = ServerInfo(state=ServerState.ONLINE, span=SPAN, throughput=1.0, numerics="x", cache_tokens_left=5)
-
-
-class Client:
-    """One stream to the server, and what a client or an attacker may say over it."""
-
-    def __init__(self, stream: FrameStream, inputs: torch.Tensor, outputs: torch.Tensor):
-        self.stream = stream
-        self.session_id = secrets.token_hex(16)
-        self.position = 0
-        self._inputs, self._outputs = inputs, outputs  # of the span, for one text: [tokens, hidden_size]
-
-    async def send(self, message: Message, payload: bytes | memoryview = b"") -> None:
-        await self.stream.send(message, payload)
-
-    async def send_raw(self, data: bytes) -> None:
-        self.stream._writer.write(data)
-        await self.stream._writer.drain()
-
-    async def receive(self) -> tuple[Message, bytes]:
-        async with asyncio.timeout(LIMIT):
-            return await self.stream.receive()
-
-    async def open(self, **changes: Any) -> Message:
-        fields: dict[str, Any] = {
-            "session_id": self.session_id,
-            "fingerprint": FINGERPRINT,
-            "span": SPAN,
-            "num_rows": 1,
-            "max_length": 64,
-        }
-        await self.send(OpenSession(**(fields | changes)))
-        return (await self.receive())[0]
-
-    def request(self, num_tokens: int = 1, **changes: Any) -> tuple[StepRequest, memoryview]:
-        """The next step of an honest client, or of one that changes some fields."""
-        meta, payload = to_bytes(self._inputs[self.position : self.position + num_tokens])
-        fields: dict[str, Any] = {
-            "session_id": self.session_id,
-            "step": self.position,
-            "rows": (RowSlice(0, self.position, num_tokens),),
-            "hidden": meta,
-        }
-        return StepRequest(**(fields | changes)), payload
-
-    async def expect_result(self, num_tokens: int) -> StepResult:
-        """The answer to an honest step, compared with plain transformers."""
-        answer, payload = await self.receive()
-        assert isinstance(answer, StepResult), answer
-        assert answer.step == self.position
-        expected = self._outputs[self.position : self.position + num_tokens]
-        assert (from_bytes(answer.hidden, payload) - expected).abs().max() <= 1e-5 * expected.abs().max()
-        self.position += num_tokens
-        return answer
-
-    async def step(self, num_tokens: int = 1) -> StepResult:
-        await self.send(*self.request(num_tokens))
-        return await self.expect_result(num_tokens)
-
-    async def expect_error(self, error: type[SwarmError], text: str = "") -> ErrorReply:
-        answer, _ = await self.receive()
-        assert isinstance(answer, ErrorReply), answer
-        assert answer.error == error.__name__
-        assert text in answer.message
-        return answer
-
-    async def expect_end(self) -> None:
-        with pytest.raises(PeerUnreachable):
-            await self.receive()
-
-    def vanish(self) -> None:
-        self.stream.abort()
-
-
-class World:
-    """A server on a part of the tiny Llama, an honest peer and a stranger: three peers of one swarm."""
-
-    def __init__(self, nodes: list[Node], engine: Engine, boundaries: list[torch.Tensor]):
-        self.server, self.honest, self.stranger = nodes
-        self.engine = engine
-        self.cache = engine.cache
-        self.changed = asyncio.Event()  # a session was opened or closed
-        self.handler = Handler(
-            engine,
-            SessionTable(engine.cache, on_change=self.changed.set),
-            fingerprint=FINGERPRINT,
-            info=lambda: INFO,
-            idle_limit=600.0,
-            step_timeout=120.0,
-        )
-        self._inputs, self._outputs = boundaries[SPAN.start], boundaries[SPAN.end]
-        self._clients: list[Client] = []
-
-    async def connect(self, node: Node) -> Client:
-        return self.client(await open_stream(node.p2p, self.server.peer_id, LIMIT))
-
-    def client(self, stream: FrameStream) -> Client:
-        client = Client(stream, self._inputs, self._outputs)
-        self._clients.append(client)
-        return client
-
-    async def open(self, node: Node, **changes: Any) -> Client:
-        client = await self.connect(node)
-        answer = await client.open(**changes)
-        assert isinstance(answer, SessionOpened), answer
-        return client
-
-    async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Until something is true that changes when a session is opened or closed."""
-        async with asyncio.timeout(LIMIT):
-            while not condition():
-                self.changed.clear()
-                await self.changed.wait()
-
-    async def hang_up(self) -> None:
-        """End all streams; all cache comes back."""
-        for client in self._clients:
-            client.vanish()
-        self._clients.clear()
-        await self.wait_until(lambda: len(self.handler.sessions) == 0)
-        assert self.cache.tokens_left == CACHE_TOKENS
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def world(
-    tiny_checkpoint: Checkpoint, tiny_model: Any, hidden_at_boundaries: Callable[..., list[torch.Tensor]]
-) -> AsyncIterator[World]:
-    span = load_span(tiny_checkpoint, SPAN, dtype=torch.float32, quantization="none", device=torch.device("cpu"))
-    ids = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(len(SPAN), CACHE_TOKENS, 4, span.device, span.dtype)
-    engine = Engine(span, cache, max_batch_tokens=32)
-    engine.start()
-    nodes = [await Node.start(NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",)))]
-    try:
-        peers = (await nodes[0].ready_address(),)
-        clients = NodeConfig(initial_peers=peers, listen=False)
-        nodes += await asyncio.gather(Node.start(clients), Node.start(clients))
-        world = World(nodes, engine, hidden_at_boundaries(tiny_model, ids))
-        await world.handler.register(nodes[0].p2p)
-        yield world
-    finally:
-        await asyncio.gather(*(node.stop() for node in nodes))
-        await asyncio.to_thread(engine.stop, LIMIT)
-
-
-@pytest_asyncio.fixture(loop_scope="module", autouse=True)
-async def bystander(world: World) -> AsyncIterator[Client]:
-    """An honest session that lives through every test, and is followed by a new one."""
-    bystander = await world.open(world.honest)
-    await bystander.step(5)
-    yield bystander
-    await bystander.step()
-    await bystander.step(3)
-    newcomer = await world.open(world.honest)
-    await newcomer.step(7)
-    await newcomer.step()
-    await world.hang_up()
-
-
-class Gate:
-    """Holds batches on the device until it lets them through."""
-
-    def __init__(self) -> None:
-        self.entered = asyncio.Semaphore(0)
-        self.opened = threading.Semaphore(0)
-        self.num_steps = 0  # that were handed to the engine
-
-    async def wait_for_a_batch(self) -> None:
-        async with asyncio.timeout(LIMIT):
-            await self.entered.acquire()
-
-    def open(self) -> None:
-        """Let all batches through from now on."""
-        self.opened.release(1000)
-
-
-@pytest.fixture
-def gate(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate()
-    loop = asyncio.get_event_loop()
-    forward, submit = world.engine.span.forward, world.engine.submit
-
-    def gated(*args: Any) -> torch.Tensor:
-        loop.call_soon_threadsafe(gate.entered.release)
-        assert gate.opened.acquire(timeout=LIMIT)
-        return forward(*args)
-
-    def counting(task: StepTask) -> Any:
-        gate.num_steps += 1
-        world.changed.set()
-        return submit(task)
-
-    monkeypatch.setattr(world.engine.span, "forward", gated)
-    monkeypatch.setattr(world.engine, "submit", counting)
-    yield gate
-    gate.open()
 
 
 # --- what an honest client sees -----------------------------------------------------------------------------------
@@ -271,12 +74,15 @@ def gate(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 async def test_a_session_from_opening_to_closing(world: World) -> None:
     client = await world.connect(world.honest)
     answer = await client.open(max_length=10)
-    assert answer == SessionOpened(session_id=client.session_id, cache_tokens_left=world.cache.tokens_left)
+    assert (answer.session_id, answer.cache_tokens_left) == (client.session_id, world.cache.tokens_left)
     assert world.cache.tokens_left == CACHE_TOKENS - 64 - 12  # in pages of 4
     await client.step(9)
     result = await client.step()
-    assert (result.moving, result.compute_time > 0, result.queue_time >= 0) == (False, True, True)
-    await client.send(CloseSession(session_id=client.session_id))
+    assert not result.moving
+    assert answer.clock <= result.received_at < result.sent_at  # all by the server's clock
+    assert result.sent_at - result.received_at >= result.queue_time + result.compute_time + result.codec_time
+    assert result.compute_time > 0
+    await client.send(CloseSession())
     await client.expect_end()
     assert world.cache.tokens_left == CACHE_TOKENS - 64
 
@@ -287,8 +93,8 @@ async def test_a_part_of_the_span(world: World, tiny_model: Any) -> None:
     await client.send(request, payload)
     answer, data = await client.receive()
     assert isinstance(answer, StepResult)
-    whole = client._outputs[:4]
-    assert not torch.allclose(from_bytes(answer.hidden, data), whole)
+    whole = client.outputs[:4]
+    assert not torch.allclose(decode(answer.hidden, data), whole)
 
 
 async def test_many_sessions_at_once(world: World) -> None:
@@ -307,16 +113,17 @@ async def test_many_sessions_at_once(world: World) -> None:
 
 async def test_a_session_of_several_rows_rewinds_one(world: World) -> None:
     client = await world.open(world.honest, num_rows=2)
-    inputs, outputs = client._inputs, client._outputs
+    inputs, outputs = client.inputs, client.outputs
 
     async def run(*rows: RowSlice) -> None:
         slices = [slice(row.position, row.position + row.num_tokens) for row in rows]
-        meta, payload = to_bytes(torch.cat([inputs[tokens] for tokens in slices]))
-        await client.send(StepRequest(session_id=client.session_id, step=1, rows=rows, hidden=meta), payload)
+        meta, payload = encode(torch.cat([inputs[tokens] for tokens in slices]), Codec.FLOAT32)
+        await client.send(StepRequest(step=client.number, rows=rows, hidden=meta), payload)
+        client.number += 1
         answer, data = await client.receive()
         assert isinstance(answer, StepResult), answer
         expected = torch.cat([outputs[tokens] for tokens in slices])
-        assert (from_bytes(answer.hidden, data) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (decode(answer.hidden, data) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
     await run(RowSlice(1, 0, 9), RowSlice(0, 0, 3))
     await run(RowSlice(0, 3, 1), RowSlice(1, 4, 30))
@@ -324,7 +131,7 @@ async def test_a_session_of_several_rows_rewinds_one(world: World) -> None:
 
 
 async def test_questions_are_answered(world: World) -> None:
-    assert await server_info(world.stranger.p2p, world.server.peer_id, LIMIT) == INFO
+    assert await server_info(world.stranger.p2p, world.server.peer_id, LIMIT) == world.info
 
 
 # --- requests that are refused, after which the stream goes on -----------------------------------------------------
@@ -370,7 +177,7 @@ async def test_a_second_session_on_a_stream_is_refused(world: World) -> None:
 
 
 def hidden(*shape: int) -> TensorMeta:
-    return TensorMeta(shape=shape, dtype="float32")
+    return TensorMeta(shape=shape, codec=Codec.FLOAT32)
 
 
 BAD_STEPS: dict[str, tuple[dict[str, Any], bytes, type[SwarmError], str]] = {
@@ -380,7 +187,7 @@ BAD_STEPS: dict[str, tuple[dict[str, Any], bytes, type[SwarmError], str]] = {
     "too few bytes": ({}, bytes(252), ProtocolError, "takes 256 bytes, but 252 arrived"),
     "too many bytes": ({}, bytes(260), ProtocolError, "takes 256 bytes, but 260 arrived"),
     "bytes of another dtype": (
-        {"hidden": TensorMeta(shape=(1, 64), dtype="float16")},
+        {"hidden": TensorMeta(shape=(1, 64), codec=Codec.FLOAT16)},
         bytes(256),
         ProtocolError,
         "128",
@@ -420,7 +227,7 @@ async def test_a_bad_step_is_refused_and_changes_nothing(world: World, name: str
     await client.step(3)
     request, _ = client.request(**changes)
     await client.send(request, payload)
-    await client.expect_error(error, text)
+    await client.expect_error(error, text, step=client.number)
     await client.step(2)
 
 
@@ -433,8 +240,9 @@ def frame(header: bytes, payload: bytes = b"") -> bytes:
 
 def int64_step(client: Client) -> bytes:
     request, _ = client.request()
-    fields = request.model_dump() | {"hidden": {"shape": [1, 64], "dtype": "int64"}}
-    return frame(msgpack.packb(["step", fields]), bytes(512))
+    values = msgpack.unpackb(pack(request))
+    values[values.index([[1, 64], "float32"])] = [[1, 64], "int64"]
+    return frame(msgpack.packb(values), bytes(512))
 
 
 JUNK: dict[str, tuple[Callable[[Client], bytes], type[SwarmError], str]] = {
@@ -444,9 +252,9 @@ JUNK: dict[str, tuple[Callable[[Client], bytes], type[SwarmError], str]] = {
     "a tensor over the limit": (lambda _: struct.pack(">II", 9, MAX_PAYLOAD_BYTES + 1), MessageTooLarge, "over"),
     "another protocol": (lambda _: b"GET / HTTP/1.1\r\nHost: example\r\n\r\n", MessageTooLarge, "over the limit"),
     "random bytes": (lambda _: bytes([0, 0, 0, 99, 0, 0, 0, 99]) + secrets.token_bytes(198), ProtocolError, ""),
-    "no message": (lambda _: frame(msgpack.packb({"open": "sesame"})), ProtocolError, "not a message of protocol"),
+    "no message": (lambda _: frame(msgpack.packb({"sesame": "open"})), ProtocolError, "not a message of protocol"),
     "an unknown message": (lambda _: frame(msgpack.packb(["steal", {}])), ProtocolError, "not a message of protocol"),
-    "another dtype": (int64_step, ProtocolError, "hidden.dtype"),
+    "another dtype": (int64_step, ProtocolError, "hidden.codec"),
 }
 
 
@@ -464,7 +272,7 @@ async def test_junk_ends_the_stream_with_the_reason(world: World, opened: bool, 
 async def test_a_stranger_cannot_write_lines_of_the_log(world: World, caplog: pytest.LogCaptureFixture) -> None:
     client = await world.connect(world.stranger)
     with caplog.at_level(logging.INFO, logger="swarm.server"):
-        await client.send_raw(frame(msgpack.packb(["moving", {"\x1b[2J\nall is well": 1}])))
+        await client.send_raw(frame(msgpack.packb(["\x1b[2J\nall is well"])))
         await client.expect_error(ProtocolError, "all is well")
     assert any("all is well" in line for line in caplog.messages)
     assert all(line.isprintable() for line in caplog.messages)
@@ -489,7 +297,17 @@ async def test_who_goes_on_sending_a_message_over_the_limit_is_cut_off(world: Wo
         await pumping
 
 
-@pytest.mark.parametrize("message", [SessionOpened(session_id="ab" * 16, cache_tokens_left=0), Moving()])
+@pytest.mark.parametrize(
+    "message",
+    [
+        SessionOpened(session_id="ab" * 16, cache_tokens_left=0, clock=0),
+        Moving(),
+        Relinked(),
+        PushFailed(step=1, reason=""),
+        OpenPush(session_id="ab" * 16),
+    ],
+    ids=lambda message: message.kind,
+)
 async def test_a_message_that_only_servers_send(world: World, message: Message) -> None:
     client = await world.open(world.stranger)
     await client.send(message)
@@ -499,7 +317,14 @@ async def test_a_message_that_only_servers_send(world: World, message: Message) 
 
 async def test_a_message_that_carries_no_tensor_with_one(world: World) -> None:
     client = await world.connect(world.stranger)
-    opening = OpenSession(session_id=client.session_id, fingerprint=FINGERPRINT, span=SPAN, num_rows=1, max_length=8)
+    opening = OpenSession(
+        session_id=client.session_id,
+        fingerprint=FINGERPRINT,
+        span=SPAN,
+        num_rows=1,
+        max_length=8,
+        output_codec=Codec.FLOAT32,
+    )
     await client.send(opening, bytes(100))
     await client.expect_error(ProtocolError, "OpenSession messages carry no tensor")
     await client.expect_end()
@@ -508,7 +333,7 @@ async def test_a_message_that_carries_no_tensor_with_one(world: World) -> None:
 async def test_a_tensor_far_larger_than_the_session_is_not_even_read(world: World) -> None:
     client = await world.open(world.stranger)  # of one row, 64 tokens at most
     request, _ = client.request()
-    header = msgpack.packb(["step", request.model_dump()])
+    header = pack(request)
     await client.send_raw(frame(header, b"")[:4] + struct.pack(">I", 2**20) + header)
     await client.expect_error(MessageTooLarge, "more than this session reserved room for")
     await client.expect_end()
@@ -518,67 +343,53 @@ async def test_a_tensor_far_larger_than_the_session_is_not_even_read(world: Worl
 async def test_a_frame_cut_short(world: World, length: int) -> None:
     client = await world.open(world.stranger)
     request, payload = client.request()
-    whole = frame(msgpack.packb(["step", request.model_dump()]), bytes(payload))
+    whole = frame(pack(request), bytes(payload))
     await client.send_raw(whole[:length])
     client.stream.close()
     await world.wait_until(lambda: world.cache.tokens_left == CACHE_TOKENS - 64)
 
 
-# --- other people's sessions --------------------------------------------------------------------------------------
+# --- a stream carries its own session and no other -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("own_session", [False, True], ids=["without session", "with session"])
-@pytest.mark.parametrize("kind", ["step", "close"])
-async def test_a_stranger_at_somebodys_session(world: World, bystander: Client, kind: str, own_session: bool) -> None:
-    stranger = await (world.open if own_session else world.connect)(world.stranger)
-    if kind == "step":
-        request, payload = bystander.request()
-        await stranger.send(request, payload)
-    else:
-        await stranger.send(CloseSession(session_id=bystander.session_id))
-    await stranger.expect_error(PeerRefused, f"session {bystander.session_id} belongs to another peer")
-    await stranger.expect_end()
-    assert len(world.handler.sessions) == 1
-    await bystander.step()
-
-
-async def test_a_strangers_tensor_is_refused_before_it_is_read(world: World, bystander: Client) -> None:
-    stranger = await world.connect(world.stranger)
-    request, _ = bystander.request()
-    header = msgpack.packb(["step", request.model_dump()])
-    await stranger.send_raw(struct.pack(">II", len(header), MAX_PAYLOAD_BYTES) + header)  # the tensor never comes
-    await stranger.expect_error(PeerRefused)
-    await stranger.expect_end()
-
-
-@pytest.mark.parametrize("kind", ["step", "close"])
-async def test_ones_own_session_over_another_stream(world: World, bystander: Client, kind: str) -> None:
-    other = await world.open(world.honest)
-    if kind == "step":
-        await other.send(*bystander.request())
-    else:
-        await other.send(CloseSession(session_id=bystander.session_id))
-    await other.expect_error(PeerRefused, "was opened on another stream")
-    await other.expect_end()
-
-
-async def test_a_session_that_is_not_there(world: World) -> None:
+async def test_a_step_before_a_session(world: World) -> None:
     client = await world.connect(world.honest)
-    await client.send(*client.request())
-    await client.expect_error(SessionLost, "it was closed, or never opened")
+    request, _ = client.request()
+    header = pack(request)
+    await client.send_raw(struct.pack(">II", len(header), MAX_PAYLOAD_BYTES) + header)  # the tensor never comes
+    await client.expect_error(SessionLost, "no session was opened on this stream")
     await client.expect_end()
+
+
+async def test_a_relinking_before_a_session(world: World) -> None:
+    client = await world.connect(world.honest)
+    await client.send(Relink(previous=None, next=NextServer(world.server.peer_id, "ab" * 16)))
+    await client.expect_error(SessionLost, "no session was opened on this stream")
+    assert isinstance(await client.open(), SessionOpened)
+    await client.step(2)
+
+
+async def test_a_goodbye_without_a_session(world: World) -> None:
+    client = await world.connect(world.stranger)
+    await client.send(CloseSession())
+    await client.expect_end()
+    assert len(world.handler.sessions) == 1  # the bystander's
+
+
+def evict(world: World, client: Client) -> None:
+    session = world.handler.by_session[client.session_id]._session
+    world.cache.evict(session.rows[0].session)
 
 
 async def test_an_evicted_session_learns_it_at_its_next_step(world: World) -> None:
     client = await world.open(world.stranger)
     await client.step(3)
     left = world.cache.tokens_left
-    session = world.handler.sessions.get(client.session_id, world.stranger.peer_id)
-    world.cache.evict(session.rows[0].session)
+    evict(world, client)
     assert world.cache.tokens_left == left + 64
     await client.send(*client.request())
-    await client.expect_error(SessionLost, "was evicted: others needed its cache")
-    await client.expect_end()
+    await client.expect_error(SessionLost, "was evicted: others needed its cache", step=client.number)
+    client.stream.close()
     await world.wait_until(lambda: len(world.handler.sessions) == 1)
     again = await world.open(world.stranger)
     await again.step(4)
@@ -587,12 +398,26 @@ async def test_an_evicted_session_learns_it_at_its_next_step(world: World) -> No
 # --- the end of a session -----------------------------------------------------------------------------------------
 
 
-async def test_a_request_before_the_answer_to_the_last_one(world: World, gate: Gate) -> None:
+async def test_a_newer_step_takes_the_place_of_one_that_runs(world: World, gate: Gate) -> None:
     client = await world.open(world.stranger)
-    await client.send(*client.request())
-    await client.send(*client.request())
-    await client.expect_error(ProtocolError, "before the one before it was answered")
-    await client.expect_end()
+    await client.send(*client.request(3))
+    await gate.wait_for_a_batch()
+    client.number += 1
+    await client.send(*client.request(5))
+    await world.wait_until(lambda: gate.num_steps == 2)
+    gate.open()
+    await client.expect_result(5)  # and the older one has no answer
+    await client.step()
+
+
+@pytest.mark.parametrize("age", [0, 1])
+async def test_a_late_duplicate_is_dropped(world: World, age: int) -> None:
+    client = await world.open(world.stranger)
+    for _ in range(3):
+        await client.step(2)
+    duplicate = client.request(1, step=client.number - 1 - age, rows=(RowSlice(0, 0, 1),))  # which would rewind
+    await client.send(*duplicate)
+    await client.step(2)  # answered first, at the right position
 
 
 async def test_the_cache_of_a_vanished_client_comes_back(world: World) -> None:
@@ -673,9 +498,10 @@ async def test_a_step_that_takes_too_long(world: World, gate: Gate, monkeypatch:
     client = await world.open(world.stranger)
     monkeypatch.setattr(world.handler, "step_timeout", 0.2)
     await client.send(*client.request(3))
-    await client.expect_error(EngineError, "did not finish within 0.2 s")
+    await client.expect_error(EngineError, "did not finish within 0.2 s", step=client.number)
     monkeypatch.undo()
     gate.open()
+    client.number += 1
     await client.step(3)
 
 
@@ -684,8 +510,27 @@ async def test_a_forward_pass_that_fails(world: World, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(world.engine.span, "forward", lambda *args: 1 / 0)
         await client.send(*client.request(3))
-        await client.expect_error(EngineError, "the forward pass failed: ZeroDivisionError")
+        await client.expect_error(EngineError, "the forward pass failed: ZeroDivisionError", step=client.number)
+    client.number += 1
     await client.step(3)
+
+
+@pytest.mark.parametrize("codec", [Codec.FLOAT16, Codec.BFLOAT16])
+async def test_an_output_that_the_owners_codec_does_not_hold(
+    world: World, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await world.open(world.stranger, output_codec=codec)
+    forward = world.engine.span.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(world.engine.span, "forward", lambda *args: forward(*args) * 0 + 1e5)
+        await client.send(*client.request(3))
+        if codec is Codec.FLOAT16:
+            await client.expect_error(EngineError, "the blocks' output overflows float16", step=client.number)
+            return
+        answer, payload = await client.receive()
+    assert isinstance(answer, StepResult)
+    assert answer.hidden == TensorMeta(shape=(3, 64), codec=codec)
+    assert decode(answer.hidden, payload).eq(99840).all()
 
 
 # --- clients that read nothing; the network hides how much it buffers, so these use a plain socket -----------------
@@ -715,8 +560,8 @@ async def stall(world: World, client: Client) -> int:
     assert isinstance(await client.open(num_rows=num_rows, max_length=max_length), SessionOpened)
     client.stream._reader._transport.pause_reading()  # type: ignore[attr-defined]
     rows = tuple(RowSlice(row, 0, max_length) for row in range(num_rows))
-    meta, payload = to_bytes(torch.zeros(num_rows * max_length, 64))
-    await client.send(StepRequest(session_id=client.session_id, step=0, rows=rows, hidden=meta), payload)
+    meta, payload = encode(torch.zeros(num_rows * max_length, 64), Codec.FLOAT32)
+    await client.send(StepRequest(step=1, rows=rows, hidden=meta), payload)
     return len(payload)
 
 
@@ -747,7 +592,7 @@ async def test_a_draining_server_tells_its_sessions_and_takes_no_new_ones(world:
         assert isinstance(answer, ErrorReply), answer
         assert (answer.error, "is leaving" in answer.message) == (PeerRefused.__name__, True)
         late.vanish()
-        await client.send(CloseSession(session_id=client.session_id))
+        await client.send(CloseSession())
         await client.expect_end()
         assert not draining.done()  # the bystander is still here
         assert (await bystander.step()).moving
@@ -787,7 +632,7 @@ async def test_draining_ends_though_somebody_stays_and_somebody_reads_nothing(wo
 async def revive(world: World, bystander: Client) -> None:
     """Let the bystander of a test that ended its session come back."""
     again = await world.open(world.honest)
-    bystander.stream, bystander.session_id, bystander.position = again.stream, again.session_id, again.position
+    bystander.__dict__.update(again.__dict__)
 
 
 async def test_an_upload_is_counted_and_answered_in_a_few_bytes(world: World) -> None:
