@@ -195,8 +195,9 @@ class Engine:
         """Do the reordering that a step asks for, once. False if that failed, and the step with it."""
         session, reorder = task.rows[0].cache.session, task.reorder
         if reorder is not None and reorder.number > session.reorder_number:
+            positions = {row.cache: row.position for row in task.rows}  # of all rows: the session checked it
             try:
-                reorder_rows(self.cache, session.rows, reorder.sources)
+                reorder_rows(self.cache, session.rows, reorder.sources, [positions[row] for row in session.rows])
             except SwarmError as error:
                 task.fail(error)
                 return False
@@ -282,7 +283,7 @@ class Engine:
             task, chunk = piece.task, piece.chunk
             if isinstance(result, EngineError) or task.future.done():
                 continue
-            part = result.to(task.hidden.dtype)
+            part = result.to(task.dtype)
             if part.dtype != result.dtype and not all_finite(part):
                 name = str(part.dtype).removeprefix("torch.")
                 task.fail(
@@ -293,7 +294,7 @@ class Engine:
                 task.output = part
             else:
                 if task.output is None:
-                    task.output = torch.empty_like(task.hidden)
+                    task.output = torch.empty_like(task.hidden, dtype=task.dtype)
                 task.output[piece.first : piece.first + chunk.num_tokens] = part
             self.cache.written(chunk.cache, chunk.position, chunk.num_tokens)
             task.progress[piece.row] += chunk.num_tokens

@@ -40,8 +40,8 @@ from .sessions import Session, SessionTable
 
 logger = logging.getLogger(__name__)
 
-#: Seconds within which a server that opened a push stream must push something.
-FIRST_PUSH_LIMIT = 60.0
+#: Seconds within which a push stream must say which session it is for, and again for that session to be here.
+PUSH_PATIENCE = 60.0
 
 
 class Handler:
@@ -128,34 +128,54 @@ class Handler:
             with contextlib.suppress(PeerUnreachable):
                 await stream.send(error_reply(error))
         except TimeoutError:
-            logger.info("closed a stream of %s, which pushed nothing for %g s", info.peer_id, FIRST_PUSH_LIMIT)
+            logger.info("closed a stream of %s, which did not say within %g s what for", info.peer_id, PUSH_PATIENCE)
         finally:
             stream.close()
 
     async def _take_pushes(self, stream: FrameStream, peer_id: str) -> None:
-        async with asyncio.timeout(FIRST_PUSH_LIMIT) as limit:
+        async with asyncio.timeout(PUSH_PATIENCE):
             opening, _ = await stream.receive(_no_tensor)
-            if not isinstance(opening, OpenPush):
-                raise ProtocolError(f"a push stream begins with OpenPush, not {type(opening).__name__}")
-            session: SessionStream | None = None
+        if not isinstance(opening, OpenPush):
+            raise ProtocolError(f"a push stream begins with OpenPush, not {type(opening).__name__}")
 
-            def check(message: Message, payload_size: int) -> None:
-                nonlocal session
-                session = self.by_session.get(opening.session_id)
-                if not isinstance(message, StepRequest) or session is None:
-                    raise SessionLost(f"no session {opening.session_id} here: it was closed, or never opened")
-                session.check_pusher(peer_id)
-                session.check_payload(payload_size)
+        def check(message: Message, payload_size: int) -> None:
+            if not isinstance(message, StepRequest):
+                raise ProtocolError(f"a push stream takes no {type(message).__name__} messages")
+            self._pushed_session(opening.session_id, peer_id).check_payload(payload_size)
 
+        # The session may open only now, and its first step take long to come through the servers before us.
+        expiry = asyncio.get_running_loop().call_later(PUSH_PATIENCE, self._adopt_or_close, stream, opening, peer_id)
+        try:
             while True:
                 message, payload = await stream.receive(check)
-                assert isinstance(message, StepRequest) and session is not None
-                session.incoming.add(stream)  # and it closes when the session does
-                limit.reschedule(None)
+                assert isinstance(message, StepRequest)
+                # Asked again: while the tensor arrived, the owner may have named another server, or left.
+                session = self._pushed_session(opening.session_id, peer_id)
+                session.incoming.add(stream)
                 try:
                     session.accept(message, payload, clock(), pushed=True)
                 except SwarmError as error:
                     await session.refuse_pushed(error, message.step)
+        finally:
+            expiry.cancel()
+            if opening.session_id in self.by_session:
+                self.by_session[opening.session_id].incoming.discard(stream)
+
+    def _adopt_or_close(self, stream: FrameStream, opening: OpenPush, peer_id: str) -> None:
+        """A push stream is kept as long as the session that it is for; one that is for none was opened in vain."""
+        try:
+            self._pushed_session(opening.session_id, peer_id).incoming.add(stream)
+        except SwarmError as error:
+            logger.info("closed a push stream of %s: %.300r", peer_id, error)
+            stream.abort()
+
+    def _pushed_session(self, session_id: str, peer_id: str) -> SessionStream:
+        """Raises SessionLost if it is not here, PeerRefused if this peer may not push to it."""
+        session = self.by_session.get(session_id)
+        if session is None:
+            raise SessionLost(f"no session {session_id} here: it was closed, or never opened")
+        session.check_pusher(peer_id)
+        return session
 
 
 def _no_tensor(message: Message, payload_size: int) -> None:

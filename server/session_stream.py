@@ -7,6 +7,8 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+import torch
+
 from swarm.errors import (
     CacheFull,
     EngineError,
@@ -23,6 +25,7 @@ from swarm.protocol import (
     ErrorReply,
     Message,
     Moving,
+    NextServer,
     OpenSession,
     PushFailed,
     Relink,
@@ -32,7 +35,7 @@ from swarm.protocol import (
     StepResult,
 )
 from swarm.rpc import ONE_WRITE, FrameStream, clock
-from swarm.tensors import all_finite, decode, encode
+from swarm.tensors import DTYPES, all_finite, decode, encode
 
 from .pushes import PushLink
 from .sessions import Session
@@ -152,14 +155,13 @@ class SessionStream:
         self._connect_next(request.next)
         await self._send(Relinked())
 
-    def _connect_next(self, target: object) -> None:
-        session = self._own_session()
-        session.next = target  # type: ignore[assignment]
-        if self._link is not None and self._link.target == target:
-            return
+    def _connect_next(self, target: NextServer | None) -> None:
+        self._own_session().next = target
         if self._link is not None:
+            if self._link.target == target and not self._link.broken:
+                return
             self._link.close()
-        self._link = None if session.next is None else PushLink(self._handler.p2p, session.next, self._push_failed)
+        self._link = None if target is None else PushLink(self._handler.p2p, target, self._push_failed)
 
     def accept(self, request: StepRequest, payload: bytes, received_at: int, *, pushed: bool) -> None:
         """Run a step; its answer goes to the owner. One that is older than the newest is a late duplicate, and dropped.
@@ -178,7 +180,9 @@ class SessionStream:
         if not all_finite(hidden):
             raise ProtocolError("the hidden states hold NaN or infinity")
         codec_time = clock() - started
-        task = StepTask(hidden, rows, *span.local(session.span), reorder=request.reorder)
+        # Compressed outputs are computed in float32: that holds whatever the device's dtype does.
+        output_dtype = DTYPES.get(session.output_codec.value, torch.float32)
+        task = StepTask(hidden, rows, *span.local(session.span), reorder=request.reorder, output_dtype=output_dtype)
         session.last_step = request.step
         if self._newest is not None:
             self._newest.future.cancel()  # its client has given it up
@@ -234,11 +238,15 @@ class SessionStream:
             sent_at=sent_at,
             moving=self._handler.draining,
         )
-        if not request.push or self._link is None:
+        if not request.push:
             await self._send(result, payload)
             return
+        if self._link is None:
+            await self._send(result, payload)
+            self._push_failed(request.step, "the session's owner named no server after this one")
+            return
         push = request.model_copy(update={"hidden": meta, "sent_at": sent_at, "push": request.push - 1})
-        if len(payload) <= ONE_WRITE:
+        if len(payload) <= ONE_WRITE and self._link.is_clear:
             await self._link.send(push, payload)
             await self._send(result, payload)
         else:  # a slow link to one of them must not hold up the other

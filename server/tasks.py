@@ -29,7 +29,7 @@ class RowWork:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """hidden: [tokens, hidden_size] on the CPU, in the dtype of the input. Times in seconds."""
+    """hidden: [tokens, hidden_size] on the CPU, in the task's dtype. Times in seconds."""
 
     hidden: torch.Tensor
     queue_time: float
@@ -41,6 +41,7 @@ class StepTask:
     """One step of one session: the tokens of its rows, side by side, through local blocks [start, end).
 
     reorder: of the session's rows, before anything else, unless an earlier try of this step did it.
+    output_dtype: in which the output shall travel, unless that is the input's.
     """
 
     hidden: torch.Tensor
@@ -49,6 +50,7 @@ class StepTask:
     end: int
     work: WorkKind = WorkKind.INFERENCE
     reorder: Reorder | None = None
+    output_dtype: torch.dtype | None = None
     future: Future[StepOutput] = field(default_factory=Future)
     created: float = field(default_factory=time.monotonic)
     queue_time: float = 0.0
@@ -59,6 +61,11 @@ class StepTask:
 
     def __post_init__(self) -> None:
         self.progress = [0] * len(self.rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the output."""
+        return self.hidden.dtype if self.output_dtype is None else self.output_dtype
 
     @property
     def done(self) -> bool:
