@@ -12,35 +12,48 @@ from swarm.errors import EngineError
 from .kv_cache import KVCache, RowCache
 
 
-def reorder_rows(cache: KVCache, rows: Sequence[RowCache], sources: Sequence[int]) -> None:
-    """rows[i] becomes a copy of what rows[sources[i]] was; only what differs between the two is copied.
+def reorder_rows(cache: KVCache, rows: Sequence[RowCache], sources: Sequence[int], keep: Sequence[int]) -> None:
+    """rows[i] becomes a copy of the first keep[i] tokens of what rows[sources[i]] was.
 
+    Only what differs between the two is copied, and a row takes no more pages than keep[i] tokens need: a step that
+    waited for pages was given enough for itself, not for what it is about to forget.
     For the engine's thread, between batches. Raises EngineError if the session ended meanwhile.
     """
-    moves = [
-        _Move(cache, row, rows[source]) for row, source in zip(rows, sources, strict=True) if rows[source] is not row
-    ]
-    # Room first, and nothing given back until all is copied: a row that is overwritten may be another's source.
-    for move in moves:
-        if not cache.grow(move.row, max(move.length, move.row.length)):
+    try:
+        if not all([cache.hold(row) for row in rows]):  # it may end at any moment, and others take its pages
             raise EngineError("the session ended while its rows were reordered")
+        moves = [
+            _Move(cache, row, rows[source], tokens)
+            for row, source, tokens in zip(rows, sources, keep, strict=True)
+            if rows[source] is not row
+        ]
+        _copy(cache, moves)
+    finally:
+        cache.let_go(rows)
+
+
+def _copy(cache: KVCache, moves: Sequence[_Move]) -> None:
+    # Room first, and nothing given back until all is copied: a row that is overwritten may be another's source.
+    if not all([cache.grow(move.row, move.length) for move in moves]):
+        raise EngineError("the session ended while its rows were reordered")
     targets = [_slots(cache, move.row, move.first, move.length) for move in moves]
     if sum(map(len, targets)):
         cache.copy_slots(torch.cat([move.slots for move in moves]), torch.cat(targets))
     for move in moves:
-        cache.truncate(move.row, move.length)
+        if move.row.length > move.length:
+            cache.truncate(move.row, move.length)
         move.row.length = move.length
         move.row.stamps = move.stamps
 
 
 class _Move:
-    """What `row` lacks of `source`, noted before anything changes."""
+    """What `row` lacks of the first `keep` tokens of `source`, noted before anything changes."""
 
-    def __init__(self, cache: KVCache, row: RowCache, source: RowCache):
+    def __init__(self, cache: KVCache, row: RowCache, source: RowCache, keep: int):
         self.row = row
-        self.length = source.length
+        self.length = min(source.length, keep)
         self.stamps = source.stamps.copy()
-        common = min(row.length, source.length)
+        common = min(row.length, self.length)
         different = np.flatnonzero(row.stamps[:common] != source.stamps[:common])
         #: from here on the two rows hold different tokens
         self.first = int(different[0]) if len(different) else common
