@@ -287,6 +287,7 @@ class KVCache:
             self._keys[layer], self._values[layer] = keys, values
         return keys, values
 
+    @torch.inference_mode()  # as the forward passes that write them
     def copy_slots(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Keys and values of all layers at the slots `sources` also at `targets`: int64 [slots] each."""
         sources, targets = sources.to(self._device), targets.to(self._device)

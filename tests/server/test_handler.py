@@ -411,13 +411,15 @@ async def test_a_newer_step_takes_the_place_of_one_that_runs(world: World, gate:
 
 
 @pytest.mark.parametrize("age", [0, 1])
-async def test_a_late_duplicate_is_dropped(world: World, age: int) -> None:
+async def test_a_late_duplicate_is_dropped(world: World, age: int, gate: Gate) -> None:
+    gate.open()
     client = await world.open(world.stranger)
     for _ in range(3):
         await client.step(2)
     duplicate = client.request(1, step=client.number - 1 - age, rows=(RowSlice(0, 0, 1),))  # which would rewind
     await client.send(*duplicate)
-    await client.step(2)  # answered first, at the right position
+    await client.step(2)  # at the right position
+    assert gate.num_steps == 4
 
 
 async def test_the_cache_of_a_vanished_client_comes_back(world: World) -> None:
@@ -485,11 +487,11 @@ async def test_an_idle_session_is_closed(world: World, monkeypatch: pytest.Monke
 
 
 async def test_a_session_whose_step_runs_is_not_idle(world: World, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.handler, "idle_limit", 1.0)
     client = await world.open(world.stranger)
-    monkeypatch.setattr(world.handler, "idle_limit", 0.1)
     await client.send(*client.request(3))
     await gate.wait_for_a_batch()
-    await asyncio.sleep(0.5)  # nothing is to happen meanwhile
+    await asyncio.sleep(1.5)  # nothing is to happen meanwhile
     gate.open()
     await client.expect_result(3)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
 
 from swarm.data_structures import BlockSpan
 from swarm.errors import (
@@ -36,6 +37,7 @@ from swarm.protocol import (
     PushFailed,
     Relink,
     Relinked,
+    Reorder,
     RowSlice,
     StepRequest,
     StepResult,
@@ -44,6 +46,7 @@ from swarm.protocol import (
 )
 from swarm.rpc import FrameStream, open_stream
 from swarm.server import handler, pushes
+from swarm.tensors import decode, encode
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("bystander")]
 
@@ -229,7 +232,8 @@ async def test_a_new_successor_takes_over(world: World, behind: World) -> None:
     await lost.expect_result(2)
 
 
-async def test_a_late_duplicate_is_dropped(world: World) -> None:
+async def test_a_late_duplicate_is_dropped(world: World, gate: Gate) -> None:
+    gate.open()
     client = await world.open(world.honest, previous=world.stranger.peer_id)
     pusher = await Pusher.open(world, world.stranger, client.session_id)
     await pusher.push(*client.request(3))
@@ -239,6 +243,7 @@ async def test_a_late_duplicate_is_dropped(world: World) -> None:
         await pusher.push(*client.request(1, step=step, rows=(RowSlice(0, 0, 1),)))  # which would rewind the row
     await pusher.push(*client.request(2))
     await client.expect_result(2, pushed=True)
+    assert gate.num_steps == 3
 
 
 @pytest.mark.parametrize("newer_is_pushed", [False, True])
@@ -627,6 +632,52 @@ async def test_the_owner_does_not_wait_for_a_next_server_that_reads_nothing(
         assert (await client.expect(StepResult)).step == client.number  # nobody complains of what was given up
     finally:
         stuck.set()
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before any push", "after a push"])
+async def test_a_session_that_ends_ends_its_link(world: World, next_node: tuple[Node, NextPeer], begun: bool) -> None:
+    node, peer = next_node
+    opened, pushed, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def take(stream: FrameStream) -> None:
+        try:
+            for event in (opened, pushed, asyncio.Event()):
+                await stream.receive()
+                event.set()
+        finally:
+            ended.set()
+
+    peer.act = take
+    client = await world.open(world.honest, next=NextServer(node.peer_id, "cd" * 16))
+    async with asyncio.timeout(LIMIT):
+        await opened.wait()
+        if begun:
+            await client.send(*client.request(2, push=1))
+            await pushed.wait()
+        assert not ended.is_set()
+        client.vanish()
+        await ended.wait()
+
+
+async def test_a_reordering_goes_to_all_servers(world: World, behind: World) -> None:
+    first, second = await open_chain(world, behind, num_rows=2)
+    text = first.inputs
+
+    async def step(number: int, *rows: RowSlice, reorder: Reorder | None = None) -> None:
+        parts = [slice(row.position, row.position + row.num_tokens) for row in rows]
+        meta, payload = encode(torch.cat([text[part] for part in parts]), Codec.FLOAT32)
+        await first.send(StepRequest(step=number, rows=rows, hidden=meta, push=1, reorder=reorder), payload)
+        for client in (first, second):
+            answer, data = await client.receive()
+            assert isinstance(answer, StepResult), answer
+            wanted = torch.cat([client.outputs[part] for part in parts])
+            assert (decode(answer.hidden, data) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+    # rows of different lengths of one text: only in the right order do they go on at the right positions
+    await step(1, RowSlice(0, 0, 9), RowSlice(1, 0, 3))
+    await step(2, RowSlice(0, 3, 1), RowSlice(1, 9, 1), reorder=Reorder(1, (1, 0)))
+    await step(3, RowSlice(0, 3, 1), RowSlice(1, 9, 1), reorder=Reorder(1, (1, 0)))  # tried again
+    await step(4, RowSlice(0, 10, 2), RowSlice(1, 10, 2), reorder=Reorder(2, (1, 1)))
 
 
 # --- what is left ------------------------------------------------------------------------------------------------
