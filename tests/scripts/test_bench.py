@@ -184,11 +184,17 @@ def generation(first: float, rest: float, *chain: HopTimes) -> Generation:
     return Generation(tokens=[1, 2, 3], first=first, rest=rest, hops=[chain] * 2)
 
 
+def hop(waited: float, queued: float, computed: float) -> HopTimes:
+    """Times of one server, in seconds; what is neither waiting nor computing is the network's."""
+    network = waited - queued - computed
+    return HopTimes("QmServer", "0:8", False, network, queued=queued, computed=computed, codec=0.0, other=0.0)
+
+
 def test_what_a_hop_costs_beyond_its_compute() -> None:
     """Seconds: a step of 0.050 over one server; one of 0.062 over three, which together compute 0.006 longer."""
     local = generation(0.1, 0.08)
-    one = generation(0.1, 0.100, HopTimes(waited=0.043, queued=0.001, computed=0.040))
-    three = generation(0.1, 0.124, *[HopTimes(waited=0.018, queued=0.0, computed=0.046 / 3)] * 3)
+    one = generation(0.1, 0.100, hop(0.043, queued=0.001, computed=0.040))
+    three = generation(0.1, 0.124, *[hop(0.018, queued=0.0, computed=0.046 / 3)] * 3)
     report = Report("decode", settings={})
     summarize(report, ["1 server", "3 servers"], [(local, one, three)] * 3)
     medians = {result.name: result.median for result in report.results}

@@ -113,7 +113,8 @@ def test_text_streams_in_whole_characters() -> None:
 def test_replacements_are_told() -> None:
     lost = ChainLink("QmLostLost", BlockSpan(start=4, end=8), "float32")
     found = ChainLink("QmFoundFound", BlockSpan(start=4, end=8), "float32")
-    session: Any = SimpleNamespace(replacements=[Replacement(lost, (found,), "it is gone", 17, 0.25)])
+    replacement = Replacement(lost, (found,), "it is gone", 17, detected=0.1, routed=0.05, replayed=0.1, time=0.25)
+    session: Any = SimpleNamespace(replacements=[replacement])
     figures, line = describe(Answer("w1 w2 w3", [1, 2, 3], [0.5, 1.0, 1.5]), session).splitlines()
     assert figures == "3 tokens, 2.0 tokens/s, the first after 0.50 s"
     assert line == (

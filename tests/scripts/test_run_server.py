@@ -146,7 +146,7 @@ def test_sigterm_withdraws_the_server_and_exits_0(
     daemon = server.daemon()
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == (0, ""), server.errors  # READY was its only line
-    assert not any("Traceback" in line for line in server.errors)
+    assert not any("Traceback" in line for line in server.errors), "\n".join(server.errors)
     assert not daemon.is_running()
     assert server.peer_id not in announced(observer, tiny_llama_folder)
 
