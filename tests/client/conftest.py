@@ -1,32 +1,57 @@
-"""A swarm without a network: fake servers that compute a simple function of their history, and fail on demand."""
+"""A swarm without a network: fake servers behind fake streams, which compute a simple function of their history, push
+to each other like real ones, and fail on demand. The client is all real, down to the messages it writes."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 
-from swarm.client.block_client import SpanOutput, SwarmBlockClient
+from swarm.client.block_client import SwarmBlockClient
 from swarm.client.config import ClientConfig
 from swarm.client.inference_session import InferenceSession
+from swarm.client.links import Links
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.errors import CacheFull, PeerUnreachable, ProtocolError, SessionLost, SwarmError, to_wire
+from swarm.errors import (
+    CacheFull,
+    PeerRefused,
+    PeerTimeout,
+    PeerUnreachable,
+    ProtocolError,
+    SessionLost,
+    SwarmError,
+    to_wire,
+)
 from swarm.node import NodeThread
-from swarm.protocol import ErrorReply, Moving, OpenSession, RowSlice, SessionOpened, StepRequest, StepResult
+from swarm.protocol import (
+    ErrorReply,
+    Message,
+    Moving,
+    NextServer,
+    OpenSession,
+    PushFailed,
+    Relink,
+    Relinked,
+    RowSlice,
+    SessionOpened,
+    StepRequest,
+    StepResult,
+)
 from swarm.routing.router import Router, RouterConfig
-from swarm.tensors import from_bytes, to_bytes
+from swarm.rpc import clock
+from swarm.tensors import all_finite, decode, encode
 
 FINGERPRINT = "f" * 64
 NUM_BLOCKS = 8
 HIDDEN_SIZE = 4
-MODULUS = 251
+MODULUS = 251  # all values are exact even in bfloat16
 
 
 def run_block(index: int, inputs: torch.Tensor) -> torch.Tensor:
@@ -41,12 +66,8 @@ def run_blocks(span: BlockSpan, inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
-#: (an answer, its tensor's bytes) -> what is sent instead
-Tamper: TypeAlias = Callable[[StepResult, bytes], tuple[object, bytes]]
-
-
-def _as_it_is(result: StepResult, data: bytes) -> tuple[object, bytes]:
-    return result, data
+#: (an answer, its tensor's bytes) -> what is sent instead, to the owner and to the next server
+Tamper: TypeAlias = Callable[[StepResult, bytes], tuple[Message, bytes]]
 
 
 @dataclass
@@ -60,37 +81,79 @@ class Fault:
 
 @dataclass
 class FakeServer:
-    """Strict about positions, like a real one. `opened` counts sessions, `steps` lists the rows of every step."""
+    """Strict about positions, like a real one.
 
+    opened: counts sessions. requests: every step that was computed. reorders: numbers of those that were done.
+    pushes: every push that left, for tests that send it again. dropped: late duplicates. pings: questions for a sign
+    of life.
+    """
+
+    swarm: FakeSwarm
     name: str
     span: BlockSpan
     numerics: str = "fp32"
     throughput: float = 10.0
+    network_rate: float | None = None
     cache_tokens: int = 100_000
     announced_cache_tokens: int = 100_000
     state: ServerState = ServerState.ONLINE
     listed: bool = True
     moving: bool = False
     opened: int = 0
-    steps: list[list[RowSlice]] = field(default_factory=list)
-    faults: dict[str, list[Fault]] = field(default_factory=lambda: {"open": [], "step": []})
-    spans: set[FakeSpan] = field(default_factory=set)
+    requests: list[StepRequest] = field(default_factory=list)
+    reorders: list[int] = field(default_factory=list)
+    pushes: list[tuple[NextServer, StepRequest, bytes]] = field(default_factory=list)
+    dropped: int = 0
+    pings: int = 0
+    faults: dict[str, list[Fault]] = field(default_factory=lambda: {name: [] for name in ("open", "step", "push")})
+    sessions: dict[str, FakeSession] = field(default_factory=dict)
     compute: Callable[[BlockSpan, torch.Tensor], torch.Tensor] = run_blocks
-    #: set by a test to hold back answers; `reached` is set when a step waits
+    tamper: Tamper | None = None
+    #: set by a test to hold back steps; `reached` is set when a step waits
     gate: asyncio.Event | None = None
     reached: threading.Event = field(default_factory=threading.Event)
+    #: the same for answers to the owner, in their order
+    copy_gate: asyncio.Event | None = None
+    copies_first: bool = False  # before the push, as it may happen to large ones
+    silent: bool = False  # copies of what is pushed get lost
+    loses_pushes: bool = False  # and does not notice
+    relink_gate: asyncio.Event | None = None  # holds back answers to changes of the chain
+    hung: bool = False  # answers nothing, neither steps nor pings; nothing breaks
+    dies_before: str | None = None  # "push" or "copy" of a step
+    clock_offset: int = 0  # microseconds ahead of the client's
+    takes: float = 0.0  # seconds for a step
 
     def fail(self, where: str, error: SwarmError, *, after: int = 0, times: int = 1) -> None:
-        """where: "open" or "step". The error comes after so many good calls, so many times."""
+        """where: "open", "step" or "push" (its owner is told). The error comes after so many good calls, so many times.
+
+        A step that fails with PeerUnreachable or PeerTimeout takes its stream with it.
+        """
         self.faults[where].append(Fault(error, after, times))
 
     def die(self) -> None:
-        for where in self.faults:
+        """The next that is asked of it finds it gone."""
+        for where in ("open", "step"):
             self.fail(where, PeerUnreachable(f"{self.name} is gone"), times=10**9)
 
+    def kill(self) -> None:
+        """Gone at once: its streams break."""
+        self.swarm.run(self.killed())
+
+    async def killed(self) -> None:
+        self.die()
+        for session in list(self.sessions.values()):
+            session.stream.end(PeerUnreachable(f"{self.name} is gone"))
+
+    def leave(self) -> None:
+        """Ask its sessions to go on elsewhere."""
+        self.moving = True
+        for session in self.sessions.values():
+            session.stream.tell(Moving())
+        self.swarm.settle()
+
     def lose_sessions(self) -> None:
-        for span in self.spans:
-            span.lost = True
+        for session in self.sessions.values():
+            session.lost = True
 
     def may_fail(self, where: str) -> None:
         for fault in self.faults[where]:
@@ -100,101 +163,215 @@ class FakeServer:
                 fault.times -= 1
                 raise fault.error
 
-    def open(self, span: BlockSpan, num_rows: int, max_length: int) -> FakeSpan:
+    def open(self, request: OpenSession, stream: FakeStream) -> FakeSession:
         self.opened += 1
         self.may_fail("open")
-        assert self.span.covers(span)
-        if num_rows * max_length > self.cache_tokens:
+        assert self.span.covers(request.span)
+        tokens = request.num_rows * request.max_length
+        if tokens > self.cache_tokens:
             raise CacheFull(f"{self.name} is full", self.cache_tokens)
-        self.cache_tokens -= num_rows * max_length
-        opened = FakeSpan(self, span, num_rows, max_length)
-        self.spans.add(opened)
-        return opened
-
-
-class FakeSpan:
-    """An `OpenSpan` on a fake server."""
-
-    def __init__(self, server: FakeServer, span: BlockSpan, num_rows: int, max_length: int):
-        self.server, self.span, self.max_length = server, span, max_length
-        self.rows: list[torch.Tensor] = [torch.empty(0, 0)] * num_rows
-        self.closed = self.lost = False
-
-    def __hash__(self) -> int:
-        return id(self)
+        self.cache_tokens -= tokens
+        session = self.sessions[request.session_id] = FakeSession(self, request, stream)
+        return session
 
     @property
-    def moving(self) -> bool:
-        return self.server.moving
+    def steps(self) -> list[list[RowSlice]]:
+        return [list(request.rows) for request in self.requests]
 
-    async def step(self, rows: Sequence[RowSlice], hidden: torch.Tensor) -> SpanOutput:
-        if self.closed or self.lost:
+    @property
+    def pushed_steps(self) -> int:
+        """Steps that this server pushed on."""
+        return len(self.pushes)
+
+    def clock(self) -> int:
+        return clock() + self.clock_offset
+
+
+class FakeSession:
+    """What a real server keeps of one session, and does with its steps."""
+
+    def __init__(self, server: FakeServer, request: OpenSession, stream: FakeStream):
+        self.server, self.stream, self.request = server, stream, request
+        self.previous, self.next = request.previous, request.next
+        self.rows = [torch.empty(0, 0)] * request.num_rows
+        self.last_step = -1
+        self.reorder_number = 0
+        self.lost = False
+        self._running: asyncio.Task[None] | None = None
+
+    def accept(self, request: StepRequest, payload: bytes, *, pushed: bool) -> None:
+        """Start a step, in the place of one that runs; drop a late duplicate. Raises SwarmError."""
+        received_at, running = self.server.clock(), self._running
+        if self.lost:
             raise SessionLost("no such session")
-        try:
-            if self.server.gate is not None:
-                self.server.reached.set()
-                await self.server.gate.wait()
-        except asyncio.CancelledError:
-            self.close()  # as a real stream that lost its rhythm
-            raise
-        self.server.steps.append(list(rows))
-        self.server.may_fail("step")
-        return SpanOutput(self.run(rows, hidden), 0.0, 0.0)
+        if request.step <= self.last_step:
+            self.server.dropped += 1
+            return
+        hidden = decode(request.hidden, payload)
+        if not all_finite(hidden):
+            raise ProtocolError("the hidden states hold NaN or infinity")
+        self.last_step = request.step
+        self._running = self.server.swarm.start(self._run(request, hidden, received_at, pushed))
+        if running is not None:
+            running.cancel()
 
-    def run(self, rows: Sequence[RowSlice], hidden: torch.Tensor) -> torch.Tensor:
-        outputs = []
-        for row, part in zip(rows, hidden.split([row.num_tokens for row in rows]), strict=True):
+    async def _run(self, request: StepRequest, hidden: torch.Tensor, received_at: int, pushed: bool) -> None:
+        server = self.server
+        if server.gate is not None:
+            server.reached.set()
+            await server.gate.wait()
+        started = clock()
+        if server.takes:
+            await asyncio.sleep(server.takes)
+        if not self.stream.ended:
+            try:
+                server.requests.append(request)
+                server.may_fail("step")
+                output = self._compute(request, hidden)
+            except SwarmError as error:
+                self.stream.refuse(error, request.step)
+                return
+            times = (received_at, started - (received_at - server.clock_offset), clock() - started)
+            server.swarm.start(self._deliver(request, output, times, pushed))
+
+    def _compute(self, request: StepRequest, hidden: torch.Tensor) -> torch.Tensor:
+        reorder, outputs = request.reorder, []
+        if reorder is not None and len(request.rows) != len(self.rows):
+            raise ProtocolError("a step that reorders has tokens for every row")
+        if reorder is not None and reorder.number > self.reorder_number:
+            self.rows = [self.rows[source] for source in reorder.sources]
+            self.reorder_number = reorder.number
+            self.server.reorders.append(reorder.number)
+        for row, part in zip(request.rows, hidden.split([row.num_tokens for row in request.rows]), strict=True):
             cached = self.rows[row.row]
             if row.position > len(cached):
                 raise ProtocolError(f"row {row.row} goes on at {row.position}, but only {len(cached)} are cached")
-            if row.position + row.num_tokens > self.max_length:
+            if row.position + row.num_tokens > self.request.max_length:
                 raise ProtocolError("longer than declared")
             self.rows[row.row] = torch.cat([cached[: row.position], part]) if row.position else part.clone()
-            outputs.append(self.server.compute(self.span, self.rows[row.row])[row.position :])
+            outputs.append(self.server.compute(self.request.span, self.rows[row.row])[row.position :])
         return torch.cat(outputs)
 
+    async def _deliver(
+        self, request: StepRequest, output: torch.Tensor, times: tuple[int, int, int], pushed: bool
+    ) -> None:
+        server = self.server
+        meta, data = encode(output, self.request.output_codec)
+        result: Message = StepResult(
+            step=request.step,
+            hidden=meta,
+            pushed=pushed,
+            request_sent_at=request.sent_at,
+            received_at=times[0],
+            queue_time=times[1],
+            compute_time=times[2],
+            codec_time=0,
+            sent_at=server.clock(),
+            moving=server.moving,
+        )
+        payload = bytes(data)
+        if server.tamper is not None and isinstance(result, StepResult):
+            result, payload = server.tamper(result, payload)
+        pushes = request.push > 0 and self.next is not None
+        for act in ("copy", "push") if server.copies_first else ("push", "copy"):
+            if act == server.dies_before:
+                await server.killed()
+                return
+            if act == "push" and pushes:
+                self._push(request, result, payload)
+            elif act == "copy" and not (pushes and server.silent):
+                if server.copy_gate is not None:
+                    server.reached.set()
+                    await server.copy_gate.wait()
+                self.stream.tell(result, payload)
+
+    def _push(self, request: StepRequest, result: Message, payload: bytes) -> None:
+        assert self.next is not None
+        hidden = result.hidden if isinstance(result, StepResult) else request.hidden
+        update = {"hidden": hidden, "sent_at": self.server.clock(), "push": request.push - 1}
+        push = self.next, request.model_copy(update=update), payload
+        self.server.pushes.append(push)
+        try:
+            self.server.may_fail("push")
+            self.server.swarm.take_push(self.server.name, *push)
+        except SwarmError as error:
+            self.stream.tell(PushFailed(step=request.step, reason=str(error)))
+
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.server.spans.discard(self)
-            self.server.cache_tokens += len(self.rows) * self.max_length
+        if self.server.sessions.pop(self.request.session_id, None) is not None:
+            self.server.cache_tokens += len(self.rows) * self.request.max_length
+            if self._running is not None:
+                self._running.cancel()
 
 
 class FakeStream:
-    """A `FrameStream` to a fake server: puts the real `RemoteSpan` into the game. `tamper` spoils the answers."""
+    """A `FrameStream` of one session to a fake server."""
 
-    def __init__(self, server: FakeServer, tamper: Tamper):
-        self.server, self.tamper = server, tamper
-        self.span: FakeSpan | None = None
-        self.answers: asyncio.Queue[tuple[object, bytes]] = asyncio.Queue()
+    def __init__(self, server: FakeServer):
+        self.server = server
+        self.session: FakeSession | None = None
+        self.ended = False
+        self._answers: asyncio.Queue[tuple[Message, bytes] | SwarmError] = asyncio.Queue()
 
-    async def send(self, message: object, payload: bytes | memoryview = b"") -> None:
+    async def send(self, message: Message, payload: bytes | bytearray | memoryview = b"") -> None:
+        if self.ended:
+            raise PeerUnreachable("the connection broke")
+        if self.server.hung:
+            return
         try:
-            await self._take(message, bytes(payload))
-        except PeerUnreachable:
-            raise
+            self._take(message, bytes(payload))
         except SwarmError as error:
-            name, text = to_wire(error)
-            self.answers.put_nowait((ErrorReply(error=name, message=text), b""))
+            self.refuse(error, message.step if isinstance(message, StepRequest) else None)
 
-    async def _take(self, message: object, payload: bytes) -> None:
+    def _take(self, message: Message, payload: bytes) -> None:
         if isinstance(message, OpenSession):
-            self.span = self.server.open(message.span, message.num_rows, message.max_length)
-            self.answers.put_nowait((SessionOpened(session_id=message.session_id, cache_tokens_left=1), b""))
-        elif isinstance(message, StepRequest) and self.span is not None:
-            if self.server.moving:
-                self.answers.put_nowait((Moving(), b""))
-            output = await self.span.step(message.rows, from_bytes(message.hidden, payload))
-            meta, data = to_bytes(output.hidden)
-            result = StepResult(step=message.step, hidden=meta, queue_time=0.0, compute_time=0.0)
-            self.answers.put_nowait(self.tamper(result, bytes(data)))
+            self.session = self.server.open(message, self)
+            self.tell(
+                SessionOpened(session_id=message.session_id, cache_tokens_left=1, clock=self.server.clock()),
+            )
+        elif isinstance(message, Relink):
+            assert self.session is not None
+            self.session.previous, self.session.next = message.previous, message.next
+            self.server.swarm.start(self._answer_relink())
+        elif isinstance(message, StepRequest):
+            assert self.session is not None
+            self.session.accept(message, payload, pushed=False)
+        else:
+            raise ProtocolError(f"a server takes no {type(message).__name__}")
 
-    async def receive(self) -> tuple[object, bytes]:
-        return await self.answers.get()
+    async def _answer_relink(self) -> None:
+        if self.server.relink_gate is not None:
+            self.server.reached.set()
+            await self.server.relink_gate.wait()
+        self.tell(Relinked())
+
+    def refuse(self, error: SwarmError, step: int | None) -> None:
+        if isinstance(error, PeerUnreachable | PeerTimeout):  # what a client says of a server, never it of itself
+            self.end(error)
+            return
+        name, text = to_wire(error)
+        tokens_left = error.tokens_left if isinstance(error, CacheFull) else None
+        self.tell(ErrorReply(error=name, message=text, tokens_left=tokens_left, step=step))
+
+    def tell(self, message: Message, payload: bytes = b"") -> None:
+        if not self.ended:
+            self._answers.put_nowait((message, payload))
+
+    def end(self, error: SwarmError) -> None:
+        if not self.ended:
+            self.ended = True
+            self._answers.put_nowait(error)
+            if self.session is not None:
+                self.session.close()
+
+    async def receive(self) -> tuple[Message, bytes]:
+        answer = await self._answers.get()
+        if isinstance(answer, SwarmError):
+            raise answer
+        return answer
 
     def close(self) -> None:
-        if self.span is not None:
-            self.span.close()
+        self.end(PeerUnreachable("closed"))
 
 
 class FakeNode:
@@ -205,35 +382,27 @@ class FakeNode:
 
 
 class FakeSwarm:
-    """A directory, pings and a `BlockClient` over fake servers; the router, the sessions and the fail-over are real."""
+    """A directory, pings and streams of fake servers. settings: of every client, unless it says otherwise."""
 
     def __init__(self, thread: NodeThread, monkeypatch: pytest.MonkeyPatch):
         self.thread = thread
         self.servers: dict[str, FakeServer] = {}
-        self._tamper: dict[str, Tamper] = {}
+        self.settings: dict[str, Any] = {"retry_delay": 0.01, "max_retry_delay": 0.02, "retry_time": 20.0}
         self.directory_error: SwarmError | None = None
-        self._monkeypatch = monkeypatch
+        self.users: list[User] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        monkeypatch.setattr("swarm.client.block_client.open_stream", self._open_stream)
+        monkeypatch.setattr("swarm.client.block_client.ping", self._probe)
 
-    def add(self, name: str, start: int, end: int, **settings: object) -> FakeServer:
-        server = FakeServer(name, BlockSpan(start=start, end=end), **settings)  # type: ignore[arg-type]
-        self.servers[name] = server
+    def add(self, name: str, start: int, end: int, **settings: Any) -> FakeServer:
+        server = self.servers[name] = FakeServer(self, name, BlockSpan(start=start, end=end), **settings)
         return server
-
-    def tamper(self, name: str, tamper: Tamper) -> None:
-        """From now on, spoil this server's answers (of clients with `streams`)."""
-        self._tamper[name] = tamper
 
     def __getitem__(self, name: str) -> FakeServer:
         return self.servers[name]
 
-    def connect(self, *, streams: bool = False, num_blocks: int = NUM_BLOCKS, **settings: object) -> FakeConnection:
-        """A client. streams: let it speak the protocol, over fake streams."""
-        fast = {"retry_delay": 0.01, "max_retry_delay": 0.02, "retry_time": 20.0}
-        config = ClientConfig(**{**fast, **settings})  # type: ignore[arg-type]
-        client: object = self
-        if streams:
-            self._monkeypatch.setattr("swarm.client.block_client.open_stream", self._open_stream)
-            client = SwarmBlockClient(FakeNode(), FINGERPRINT, config)  # type: ignore[arg-type]
+    def connect(self, *, num_blocks: int = NUM_BLOCKS, **settings: Any) -> FakeConnection:
+        config = ClientConfig(**{**self.settings, **settings})
         router = Router(
             FakeDirectory(self),
             self._ping,
@@ -243,16 +412,57 @@ class FakeSwarm:
             RouterConfig(**config.model_dump(include=set(RouterConfig.model_fields))),
             rng=random.Random(0),
         )
-        return FakeConnection(self.thread, router, client, config, num_blocks)
+        return FakeConnection(self, router, config, num_blocks)
+
+    def take_push(self, pusher: str, target: NextServer, request: StepRequest, payload: bytes) -> None:
+        """A push arrives. Raises what its sender is told; the session's owner is told of a step that cannot be run."""
+        server = self.servers[target.peer_id]
+        session = server.sessions.get(target.session_id)
+        if server.hung or self.servers[pusher].loses_pushes:
+            return
+        if session is None:
+            raise SessionLost("no such session")
+        if session.previous != pusher:
+            raise PeerRefused(f"{session.previous} was named as the server before this one, not {pusher}")
+        try:
+            session.accept(request, payload, pushed=True)
+        except SwarmError as error:
+            session.stream.refuse(error, request.step)
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """In the thread of clients and servers, and then until all that follows from it is done."""
+        result = self.thread.run(coroutine)
+        self.settle()
+        return result
+
+    def settle(self) -> None:
+        """Wait until clients and servers have nothing left to do."""
+        self.thread.run(_idle())
 
     async def _ping(self, peer_id: str, timeout: float) -> float:
         return 0.001
 
-    async def open(self, link, *, num_rows, max_length):  # type: ignore[no-untyped-def]
-        return self.servers[link.peer_id].open(link.span, num_rows, max_length)
+    async def _probe(self, p2p: object, peer_id: str, timeout: float) -> float:
+        server = self.servers[peer_id]
+        server.pings += 1
+        if server.hung:
+            await asyncio.sleep(timeout)
+            raise PeerTimeout(f"{peer_id} did not answer within {timeout:g} s")
+        return 0.001
 
     async def _open_stream(self, p2p: object, peer_id: str, timeout: float) -> FakeStream:
-        return FakeStream(self.servers[peer_id], lambda *answer: self._tamper.get(peer_id, _as_it_is)(*answer))
+        return FakeStream(self.servers[peer_id])
+
+
+async def _idle() -> None:
+    for _ in range(30):  # each makes way for everything that is ready
+        await asyncio.sleep(0)
 
 
 class FakeDirectory:
@@ -276,6 +486,7 @@ def _record(server: FakeServer) -> ServerRecord:
         span=server.span,
         throughput=server.throughput,
         numerics=server.numerics,
+        network_rate=server.network_rate,
         cache_tokens_left=server.announced_cache_tokens,
     )
     return ServerRecord(server.name, info, expires=1e12)
@@ -284,16 +495,20 @@ def _record(server: FakeServer) -> ServerRecord:
 class FakeConnection:
     """What `SwarmConnection` is to the model, and a short way to sessions."""
 
-    def __init__(self, thread: NodeThread, router: Router, client: object, config: ClientConfig, num_blocks: int):
-        self.thread, self.router, self.client, self.config = thread, router, client, config
+    def __init__(self, swarm: FakeSwarm, router: Router, config: ClientConfig, num_blocks: int):
+        self.thread, self.router, self.config = swarm.thread, router, config
+        self._swarm = swarm
         self.num_blocks = num_blocks
+        self.links = Links(router, config)
+        self.client = SwarmBlockClient(FakeNode(), FINGERPRINT, config)  # type: ignore[arg-type]
 
     def open_session(self, span: BlockSpan, num_rows: int, max_length: int, bytes_per_token: int) -> InferenceSession:
         return InferenceSession(
             self.thread,
             self.router,
-            self.client,  # type: ignore[arg-type]
+            self.client,
             self.config,
+            self.links,
             span=span,
             num_rows=num_rows,
             max_length=max_length,
@@ -306,7 +521,9 @@ class FakeConnection:
 
     def user(self, num_rows: int = 1, max_length: int = 64, start: int = 0, end: int | None = None) -> User:
         span = BlockSpan(start=start, end=self.num_blocks if end is None else end)
-        return User(self.open_session(span, num_rows, max_length, 4 * HIDDEN_SIZE), span)
+        user = User(self.open_session(span, num_rows, max_length, 4 * HIDDEN_SIZE), span)
+        self._swarm.users.append(user)
+        return user
 
 
 class User:
@@ -334,6 +551,10 @@ class User:
         self.session.rewind(lengths)
         self.inputs = [inputs[:length] for inputs, length in zip(self.inputs, lengths, strict=True)]
 
+    def reorder(self, *sources: int) -> None:
+        self.session.reorder(sources)
+        self.inputs = [self.inputs[source] for source in sources]
+
     @property
     def route(self) -> list[tuple[str, str]]:
         return [(link.peer_id, str(link.span)) for link in self.session.chain]
@@ -351,9 +572,21 @@ def node_thread() -> Iterator[NodeThread]:
 
 
 @pytest.fixture
-def fake_swarm(node_thread: NodeThread, monkeypatch: pytest.MonkeyPatch) -> FakeSwarm:
+def fake_swarm(node_thread: NodeThread, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSwarm]:
     """An empty fake swarm for a model of 8 blocks."""
-    return FakeSwarm(node_thread, monkeypatch)
+    swarm = FakeSwarm(node_thread, monkeypatch)
+    yield swarm
+    for user in swarm.users:
+        user.session.close()
+    swarm.settle()
+
+
+@pytest.fixture(params=[True, False], ids=["push", "no push"])
+def either_way(request: pytest.FixtureRequest, fake_swarm: FakeSwarm) -> bool:
+    """Whether servers push to each other; every client of the fake swarm is told so."""
+    direct_push: bool = request.param
+    fake_swarm.settings["direct_push"] = direct_push
+    return direct_push
 
 
 @pytest.fixture
