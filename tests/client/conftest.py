@@ -274,6 +274,8 @@ class FakeSession:
             result, payload = server.tamper(result, payload)
         pushes = request.push > 0 and self.next is not None
         for act in ("copy", "push") if server.copies_first else ("push", "copy"):
+            if server.copies_first:
+                await _idle()  # the client has read the one before the other comes
             if act == server.dies_before:
                 await server.killed()
                 return
@@ -441,6 +443,10 @@ class FakeSwarm:
         self.settle()
         return result
 
+    async def end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
     def settle(self) -> None:
         """Wait until clients and servers have nothing left to do."""
         self.thread.run(_idle())
@@ -578,7 +584,7 @@ def fake_swarm(node_thread: NodeThread, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield swarm
     for user in swarm.users:
         user.session.close()
-    swarm.settle()
+    swarm.run(swarm.end())
 
 
 @pytest.fixture(params=[True, False], ids=["push", "no push"])

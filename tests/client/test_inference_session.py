@@ -111,6 +111,26 @@ def test_an_interrupted_replay_leaves_the_session_usable(swarm):
     assert user.route == [("A", "0:3"), ("E", "3:6"), ("C", "6:8")]
 
 
+def test_neighbours_that_answer_after_an_interrupted_replay_are_not_lost(swarm):
+    client = swarm.connect()
+    user = client.user()
+    user.step(4)
+    gate = swarm["A"].relink_gate = swarm["C"].relink_gate = asyncio.Event()
+    swarm["B"].die()
+    swarm["E"].gate = asyncio.Event()
+    pressing = interrupt_when(swarm["E"].reached)
+    with pytest.raises(KeyboardInterrupt):
+        user.step()
+    pressing.join()
+    swarm["E"].gate = None
+    client.thread.loop.call_soon_threadsafe(gate.set)
+    user.step()
+    user.step()
+    assert user.route == [("A", "0:3"), ("E", "3:6"), ("C", "6:8")]
+    assert client.banned == {"B"}
+    assert swarm["A"].opened == swarm["C"].opened == 1
+
+
 def test_a_long_step_that_was_interrupted_half_way_counts_for_nothing(swarm, small_messages):
     """The first part had gone through all servers; the user's next step begins where the interrupted one began."""
     user = swarm.connect().user(num_rows=2)
