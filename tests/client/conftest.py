@@ -207,7 +207,7 @@ class FakeSession:
         if request.step <= self.last_step:
             self.server.dropped += 1
             return
-        hidden = decode(request.hidden, payload)
+        hidden = decode(request.hidden, payload, torch.float32)
         if not all_finite(hidden):
             raise ProtocolError("the hidden states hold NaN or infinity")
         self.last_step = request.step
