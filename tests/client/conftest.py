@@ -115,7 +115,7 @@ class FakeServer:
     #: the same for answers to the owner, in their order
     copy_gate: asyncio.Event | None = None
     copies_first: bool = False  # before the push, as it may happen to large ones
-    silent: bool = False  # copies of what is pushed get lost
+    loses_copies: int = 0  # so many of what it pushes
     loses_pushes: bool = False  # and does not notice
     relink_gate: asyncio.Event | None = None  # holds back answers to changes of the chain
     hung: bool = False  # answers nothing, neither steps nor pings; nothing breaks
@@ -281,7 +281,9 @@ class FakeSession:
                 return
             if act == "push" and pushes:
                 self._push(request, result, payload)
-            elif act == "copy" and not (pushes and server.silent):
+            elif act == "copy" and pushes and server.loses_copies:
+                server.loses_copies -= 1
+            elif act == "copy":
                 if server.copy_gate is not None:
                     server.reached.set()
                     await server.copy_gate.wait()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import EngineError, MissingBlocks, PeerTimeout, PeerUnreachable, SessionTooLong, UsageError
@@ -23,31 +23,54 @@ def swarm(fake_swarm, either_way):
     return fake_swarm
 
 
+TROUBLES = ["fail", "lose", "move", "lost push", "no copies", "die late", "kill"]
+
+
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_mixture_of_steps_rewinds_and_failures_equals_an_undisturbed_run(fake_swarm, data):
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_mixture_of_steps_rewinds_and_failures_equals_an_undisturbed_run(fake_swarm, either_way, data):
     fake_swarm.servers.clear()
     for name, start, end in (("A", 0, 3), ("B", 3, 6), ("C", 6, 8), ("D", 0, 2), ("E", 2, 5), ("F", 5, 8), ("G", 0, 8)):
-        fake_swarm.add(name, start, end)
+        fake_swarm.add(name, start, end, throughput=0.2 if name == "G" else 10.0)
     num_rows = data.draw(st.integers(1, 3))
-    user = fake_swarm.connect(ban_time=1e-3, max_retries=50).user(num_rows=num_rows, max_length=40)
-    for _ in range(data.draw(st.integers(1, 8))):
+    # a server whose copies got lost is waited for until the request times out
+    hasty = {"request_timeout": 0.1, "min_patience": 0.02, "max_patience": 0.02}
+    client = fake_swarm.connect(ban_time=1e-3, max_retries=50, **hasty)
+    user = client.user(num_rows=num_rows, max_length=40)
+    for _ in range(data.draw(st.integers(1, 12))):
         lengths = user.session.lengths
-        action = data.draw(st.sampled_from(["step", "step", "rewind", "fail", "lose", "move"]))
+        action = data.draw(st.sampled_from(["step"] * 4 + ["rewind", "reorder", *TROUBLES]))
+        names = [peer_id for peer_id, _ in user.route] + list(fake_swarm.servers)
+        server = fake_swarm[names[data.draw(st.integers(0, 20), label="server") % len(names)]]
+        after, copies_first, dies_before = data.draw(
+            st.tuples(st.integers(0, 2), st.booleans(), st.sampled_from(["push", "copy"]))
+        )
         if action == "step":
-            counts = [data.draw(st.integers(0, 40 - length)) for length in lengths]
-            if any(counts):
-                user.step(*counts)
+            # a step after a reordering has tokens for every row, where there is room
+            counts = [data.draw(st.integers(min(1, 40 - length), 40 - length)) for length in lengths]
+            if user.session._pending is None or all(counts):
+                user.step(*counts) if any(counts) else None
         elif action == "rewind":
             user.rewind(*[data.draw(st.integers(0, length)) for length in lengths])
-        else:
-            server = data.draw(st.sampled_from(list(fake_swarm.servers.values())))
-            if action == "fail":
-                server.fail("step", EngineError("chance"), after=data.draw(st.integers(0, 2)))
-            elif action == "lose":
-                server.lose_sessions()
-            else:
-                server.leave()
+        elif action == "reorder":
+            user.reorder(*[data.draw(st.integers(0, num_rows - 1)) for _ in range(num_rows)])
+        elif action == "fail":
+            server.fail("step", EngineError("chance"), after=after)
+        elif action == "lose":
+            server.lose_sessions()
+        elif action == "move":
+            server.leave()
+        elif action == "lost push":
+            server.fail("push", PeerUnreachable("no way"), after=after)
+        elif action == "no copies":
+            server.loses_copies = 1
+        elif action == "die late" and server.name != "G":  # of which somebody is left for every block
+            server.dies_before, server.copies_first = dies_before, copies_first
+        elif action == "kill" and server.name != "G":
+            server.kill()
+    user.rewind(*[min(length, 39) for length in user.session.lengths])
+    user.step()
+    event(f"{len(user.session.replacements)} replacements")
     user.session.close()
 
 

@@ -151,9 +151,8 @@ def test_a_server_whose_copies_got_lost_is_replaced_with_the_next_one(swarm):
     client = swarm.connect(request_timeout=0.2)
     user = client.user()
     user.step(5)
-    swarm["A"].silent = True
+    swarm["A"].loses_copies = 1
     user.step()
-    swarm["A"].silent = False
     swarm["B"].fail("step", EngineError("no"))
     user.step()
     user.step()
