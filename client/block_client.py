@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,7 @@ from swarm.errors import (
     PeerTimeout,
     PeerUnreachable,
     ProtocolError,
+    SessionLost,
     SessionTooLong,
     SwarmError,
     UsageError,
@@ -72,7 +74,7 @@ class SessionSpec:
 class Expected:
     """The answer of one server to one step.
 
-    meta: of the output that we asked for. on_news: called when it came, failed, or could not be pushed on.
+    meta: of the output that we asked for. on_news: called when it came or failed, and when it could not be pushed on.
     """
 
     step: int
@@ -203,7 +205,10 @@ class RemoteSpan:
         self._config = config
         self._output_codec, self._hidden_size = spec.output_codec, spec.hidden_size
         self._awaited: dict[int, Expected] = {}
-        self._question: asyncio.Future[Message] | None = None
+        #: told when something happens that a step may have waited for, also after this server answered it
+        self._on_news: Callable[[], None] = lambda: None
+        #: oldest first; those that were given up stay until their answers come
+        self._questions: deque[asyncio.Future[Message]] = deque()
         self._reading = asyncio.create_task(self._read())
 
     async def start(self, request: OpenSession) -> None:
@@ -216,6 +221,7 @@ class RemoteSpan:
     def expect(self, step: int, num_tokens: int, on_news: Callable[[], None]) -> Expected:
         meta = TensorMeta(shape=(num_tokens, self._hidden_size), codec=self._output_codec)
         expected = Expected(step, meta, on_news)
+        self._on_news = on_news
         if self.broken is not None:
             expected.settle(self.broken)
         else:
@@ -236,23 +242,22 @@ class RemoteSpan:
         await ping(self._node.p2p, self._peer_id, timeout)
 
     def close(self) -> None:
-        self._break(PeerUnreachable(f"the session on server {self._peer_id} was closed"))
+        self._break(SessionLost(f"the session on server {self._peer_id} was closed"))  # by us, and no fault of its
         self._reading.cancel()
         self._stream.close()
 
     async def _ask(self, request: Message, action: str) -> Message:
-        """Send a request that is no step and wait for its answer. One at a time."""
+        """Send a request that is no step and wait for its answer. Answers come in the order of the questions."""
         if self.broken is not None:
             raise self.broken
-        self._question = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._questions.append(answer)
         try:
             async with asyncio.timeout(self._config.connect_timeout):
                 await self._stream.send(request)
-                return await self._question
+                return await answer
         except TimeoutError as error:
             raise self._late_error(action, self._config.connect_timeout) from error
-        finally:
-            self._question = None
 
     async def _write(
         self, message: Message, payload: bytes | bytearray | memoryview, timeout: float, action: str
@@ -284,8 +289,10 @@ class RemoteSpan:
         self._awaited.clear()
         for expected in waiting:
             expected.settle(error)
-        if self._question is not None and not self._question.done():
-            self._question.set_exception(error)
+        for question in self._questions:
+            if not question.done():
+                question.set_exception(error)
+        self._on_news()
 
     def _take(self, message: Message, payload: bytes) -> None:
         if isinstance(message, StepResult):
@@ -294,12 +301,13 @@ class RemoteSpan:
             self._take_error(message)
         elif isinstance(message, PushFailed):
             self.cannot_push = True
-            for expected in list(self._awaited.values()):
-                expected.on_news()
+            self._on_news()
         elif isinstance(message, Moving):
             self.moving = True
-        elif self._question is not None and not self._question.done():
-            self._question.set_result(message)
+        elif self._questions:
+            question = self._questions.popleft()
+            if not question.done():
+                question.set_result(message)
         else:
             raise ProtocolError(f"server {self._peer_id} sent {type(message).__name__}, which nobody had asked for")
 
@@ -329,8 +337,10 @@ class RemoteSpan:
             expected = self._awaited.pop(reply.step, None)
             if expected is not None:
                 expected.settle(error)
-        elif self._question is not None and not self._question.done():
-            self._question.set_exception(error)
+        elif self._questions:
+            question = self._questions.popleft()
+            if not question.done():
+                question.set_exception(error)
         else:
             self._break(error)
 

@@ -159,6 +159,8 @@ class Failover:
         if not await leaving.history.settled(self._config.request_timeout):
             return False  # the server before it is lost, and comes first
         gap = Gap.at(hops, index, lengths)
+        if gap.after is not None:  # copies that are still on their way would be lost with the stream
+            await gap.after.history.settled(self._config.request_timeout)
         try:
             found = await self._open(gap, exclude={leaving.link.peer_id})
         except (*STEP_FAILURES, RoutingError, NetworkError) as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from swarm.errors import NotSupported
 from swarm.protocol import MAX_PAYLOAD_BYTES, Codec, Reorder, RowSlice, TensorMeta
 
 
@@ -71,11 +72,12 @@ class History:
         inputs.add_done_callback(lambda _: self._take_late())
 
     async def settled(self, timeout: float) -> bool:
-        """Wait until every step's inputs are here, `timeout` seconds at most. False if they are not."""
+        """Wait until every step's inputs are here, `timeout` seconds at most. False if some are given up."""
         if self._late:
             await asyncio.wait([future for _, future in self._late], timeout=timeout)
             self._take_late()
-        return not self._late and not self.broken
+            self.broken |= bool(self._late)  # whoever waited goes on without them
+        return not self.broken
 
     def read(self, lengths: Sequence[int]) -> tuple[list[RowSlice], WireTensor]:
         """The first `lengths[row]` inputs of every row, as one step from position 0. At least one length is not 0."""
@@ -116,12 +118,19 @@ class History:
 
 
 def split_step(step: Step, inputs: WireTensor) -> Iterator[tuple[Step, WireTensor]]:
-    """Cut a step into steps that each fit into one message. The reordering goes with the first."""
+    """Cut a step into steps that each fit into one message.
+
+    Raises NotSupported for one that reorders rows: a server does that only with tokens for all, and a part has some.
+    """
     max_tokens = max(1, MAX_PAYLOAD_BYTES // inputs.token_bytes)
     if inputs.meta.shape[0] <= max_tokens:
         yield step, inputs
         return
-    reorder = step.reorder
+    if step.reorder is not None:
+        raise NotSupported(
+            f"{inputs.meta.shape[0]} tokens after a reordering of rows do not fit into one message, which takes "
+            f"{max_tokens}; use fewer beams, or send the first token of every row alone"
+        )
     part: list[RowSlice] = []
     first = taken = 0
     for row in step.rows:
@@ -132,8 +141,7 @@ def split_step(step: Step, inputs: WireTensor) -> Iterator[tuple[Step, WireTenso
             done += size
             taken += size
             if taken == max_tokens:
-                yield Step(part, reorder), inputs.part(first, taken)
-                reorder = None
+                yield Step(part), inputs.part(first, taken)
                 part, first, taken = [], first + taken, 0
     if part:
-        yield Step(part, reorder), inputs.part(first, taken)
+        yield Step(part), inputs.part(first, taken)

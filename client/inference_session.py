@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,7 @@ class InferenceSession:
         self._hops: list[Hop] = []
         self._input_codec = Codec.FLOAT32  # until the first step
         self._next_move = 0.0
-        self._num_reorders = 0
+        self._reorder_numbers = count(1)
         self._pending: _Reordering | None = None
         self._closed = False
         self._busy = threading.Lock()
@@ -137,14 +138,8 @@ class InferenceSession:
             self._check(hidden, rows)
             for row in rows:  # rewound: what lies behind the new position is gone, also if this step fails
                 self.lengths[row.row] = min(self.lengths[row.row], row.position)
-            if self._pending is None:
-                held, reorder = list(self.lengths), None
-            else:
-                held, reorder = list(self._pending.lengths), Reorder(self._num_reorders, self._pending.sources)
-                self._pending.sent = True
-            output = self._thread.run(self._step_in_parts(hidden, Step(rows, reorder), held))
-            self.lengths = held  # not before all is done: a step that was interrupted can be sent again
-            self._pending = None
+            output, lengths = self._thread.run(self._step_in_parts(hidden, rows))
+            self.lengths = lengths  # not before all is done: a step that was interrupted can be sent again
             return output
         except concurrent.futures.CancelledError:
             raise UsageError("this session was closed while it ran a step") from None
@@ -164,8 +159,7 @@ class InferenceSession:
         if len(sources) != self.num_rows or any(not 0 <= source < self.num_rows for source in sources):
             raise UsageError(f"cannot reorder {self.num_rows} rows as {list(sources)}")
         if self._pending is None:
-            self._num_reorders += 1
-            self._pending = _Reordering(tuple(sources), tuple(self.lengths))
+            self._pending = _Reordering(next(self._reorder_numbers), tuple(sources), tuple(self.lengths))
         elif self._pending.sent:
             raise UsageError("the step after the last reordering failed; send it again first, or open a new session")
         else:
@@ -209,8 +203,11 @@ class InferenceSession:
                     f"{row.position} cached + {row.num_tokens} new tokens are more than the session's "
                     f"max_length of {self.max_length}"
                 )
+        if self._pending is not None and {row.row for row in rows} != set(range(self.num_rows)):
+            raise UsageError(f"a step after a reordering needs tokens for each of the {self.num_rows} rows")
 
-    async def _step_in_parts(self, hidden: torch.Tensor, step: Step, lengths: list[int]) -> torch.Tensor:
+    async def _step_in_parts(self, hidden: torch.Tensor, rows: Sequence[RowSlice]) -> tuple[torch.Tensor, list[int]]:
+        """The step's output, and the rows' lengths after it."""
         if self._running is not None:  # a step that Ctrl-C interrupted may still be on its way out
             self._running.cancel()
             await asyncio.wait({self._running})
@@ -221,11 +218,19 @@ class InferenceSession:
             with self._timeline.step() as record:
                 inputs = WireTensor(*encode(hidden, self._input_codec))
                 record.encoded()
+                step, lengths = self._reordered(rows)
                 parts = [await self._step(*part, lengths, record) for part in split_step(step, inputs)]
         finally:
             self._running = None
         output = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return output.to(hidden.dtype)
+        return output.to(hidden.dtype), lengths
+
+    def _reordered(self, rows: Sequence[RowSlice]) -> tuple[Step, list[int]]:
+        """A step with the reordering that waits for it, and the rows' lengths as servers know them before both."""
+        if self._pending is None:
+            return Step(rows), list(self.lengths)
+        self._pending.sent = True
+        return Step(rows, Reorder(self._pending.number, self._pending.sources)), list(self._pending.lengths)
 
     async def _step(self, step: Step, inputs: WireTensor, lengths: list[int], record: StepRecord) -> torch.Tensor:
         """One step through the chain; a hop that fails is replaced, and the step goes on from there.
@@ -254,6 +259,7 @@ class InferenceSession:
             self._failover.takeover.patience.learn(time.monotonic() - started)
         if step.reorder is not None:
             lengths[:] = [lengths[source] for source in step.reorder.sources]
+            self._pending = None  # now, in this thread: the next step may follow one that was interrupted just here
         for row in step.rows:
             lengths[row.row] = row.position + row.num_tokens
         record.add(step, self._hops, answers)
@@ -310,6 +316,7 @@ class InferenceSession:
 class _Reordering:
     """Rows that the next step finds in another order. lengths: of the rows before. sent: servers may know of it."""
 
+    number: int
     sources: tuple[int, ...]
     lengths: tuple[int, ...]
     sent: bool = False

@@ -6,6 +6,10 @@ from .config import ClientConfig
 
 #: A step that takes this many times as long as steps usually do is overdue.
 OVERDUE = 4.0
+#: Before the first step: as long as one takes on a slow computer.
+FIRST = 1.0
+#: Bytes/s of a slow line. A question after a large step waits until that went out.
+SLOW_LINE = 3e6
 #: Weight of the newest step in what is usual.
 SMOOTHING = 0.2
 
@@ -18,7 +22,7 @@ class Patience:
 
     def __init__(self, config: ClientConfig):
         self.request_timeout = config.request_timeout
-        self.hang_timeout = config.hang_timeout
+        self._hang_timeout = config.hang_timeout
         self._shortest, self._longest = config.min_patience, config.max_patience
         self._usual: float | None = None
 
@@ -29,6 +33,9 @@ class Patience:
     @property
     def before_probe(self) -> float:
         """Seconds without news after which a server is asked whether it lives."""
-        if self._usual is None:
-            return min(1.0, self._longest)
-        return min(max(OVERDUE * self._usual, self._shortest), self._longest)
+        usual = FIRST if self._usual is None else OVERDUE * self._usual
+        return min(max(usual, self._shortest), self._longest)
+
+    def hang_timeout(self, num_bytes: int) -> float:
+        """Seconds for a server to show a sign of life while a step of so many bytes may be on its way."""
+        return self._hang_timeout + num_bytes / SLOW_LINE

@@ -20,7 +20,7 @@ from swarm.routing.chain import ChainLink
 from swarm.rpc import clock
 from swarm.tensors import all_finite, decode
 
-from .block_client import Expected, OpenSpan, SpanOutput
+from .block_client import Expected, OpenSpan
 from .history import History, Step, WireTensor
 from .patience import Patience
 
@@ -84,11 +84,10 @@ class StepRun:
             end = self._end_of_pushes()
             await self._send(end)
             done = await self._wait(end)
-            output = self.answers[done].output
-            assert output is not None
+            hidden = self._decode(done)
             if done == len(self._hops) - 1:
-                return self._decode(output)
-            self._first, self._inputs = done + 1, output.tensor  # which we carry on ourselves
+                return hidden
+            self._first, self._inputs = done + 1, self.answers[done].tensor  # which we carry on ourselves
 
     def _end_of_pushes(self) -> int:
         """The hop whose output the client must take itself, for a step that it sends now."""
@@ -98,7 +97,9 @@ class StepRun:
         return next((index for index in range(self._first, last) if self._hops[index].span.cannot_push), last)
 
     async def _send(self, end: int) -> None:
+        """Send the step to hop `_first`. Raises HopFailed, also if that hangs and stops reading half way."""
         first = self._first
+        self._progress = time.monotonic()
         if (error := self.answers[first].error) is not None:
             self._fail(first, error)
         request = StepRequest(
@@ -109,13 +110,21 @@ class StepRun:
             sent_at=clock(),
             reorder=self._step.reorder,
         )
+        sending = asyncio.create_task(self._hops[first].span.send(request, self._inputs.data))
         try:
-            await self._hops[first].span.send(request, self._inputs.data)
+            while not (await asyncio.wait({sending}, timeout=self._patience.before_probe))[0]:
+                if (error := self.answers[first].error) is not None:  # it need not read all before it refuses
+                    self._fail(first, error)
+                self._news.clear()
+                await self._probe(first)
+            await sending
         except SwarmError as failure:
             self._fail(first, failure)
+        finally:
+            sending.cancel()
 
     async def _wait(self, end: int) -> int:
-        """Until hop `end` answered, or one before it did that cannot push its output on: which. Raises HopFailed."""
+        """Until hop `end` answered, or one before it did whose push got lost: which. Raises HopFailed."""
         at = self._first  # the hop that the step is at, as far as we know
         self._progress = time.monotonic()
         while self.answers[end].output is None:
@@ -131,6 +140,9 @@ class StepRun:
                     await self._news.wait()
             except TimeoutError:
                 await self._probe(at)
+                # A push may get lost unnoticed. A server that has it drops what we send as a duplicate.
+                if at > self._first and time.monotonic() - self._progress > self._patience.request_timeout / 2:
+                    return at - 1
         return end
 
     async def _probe(self, at: int) -> None:
@@ -138,7 +150,8 @@ class StepRun:
         peer_id, timeout = self._hops[at].link.peer_id, self._patience.request_timeout
         if time.monotonic() - self._progress >= timeout:
             self._fail(at, PeerTimeout(f"server {peer_id} did not answer a step within {timeout:g} s"))
-        probe = asyncio.create_task(self._hops[at].span.probe(self._patience.hang_timeout))
+        hang_timeout = self._patience.hang_timeout(len(self._inputs.data))
+        probe = asyncio.create_task(self._hops[at].span.probe(hang_timeout))
         news = asyncio.create_task(self._news.wait())
         try:
             await asyncio.wait({probe, news}, return_when=asyncio.FIRST_COMPLETED)
@@ -151,22 +164,19 @@ class StepRun:
         self._fail(at, PeerTimeout(f"server {peer_id} answered neither a step nor a ping within {waited:.2f} s"))
 
     def _fail(self, at: int, error: SwarmError) -> NoReturn:
-        """Raises HopFailed for hop `at`, or for the one before it if that sent it nonsense."""
-        if at > self._first and isinstance(error, ProtocolError):
-            before = self.answers[at - 1].output
-            if before is not None and not all_finite(decode(before.tensor.meta, before.tensor.data)):
-                at, error = at - 1, self._nonsense(at - 1)
+        """Raises HopFailed for hop `at`, or for the one before it if that sent nonsense: nobody can go on from it."""
+        if at > self._first:
+            self._decode(at - 1)
         raise HopFailed(at, error, self._progress) from error
 
-    def _decode(self, output: SpanOutput) -> torch.Tensor:
-        hidden = decode(output.tensor.meta, output.tensor.data)
+    def _decode(self, index: int) -> torch.Tensor:
+        """The output of a hop whose answer is here. Raises HopFailed for it if it is nonsense."""
+        tensor = self.answers[index].tensor
+        hidden = decode(tensor.meta, tensor.data)
         if not all_finite(hidden):
-            last = len(self._hops) - 1
-            self._fail(last, self._nonsense(last))
+            error = ProtocolError(f"server {self._hops[index].link.peer_id} answered with NaN or infinity")
+            raise HopFailed(index, error, self._progress)
         return hidden
-
-    def _nonsense(self, index: int) -> ProtocolError:
-        return ProtocolError(f"server {self._hops[index].link.peer_id} answered with NaN or infinity")
 
 
 def remember(hops: Sequence[Hop], step: Step, inputs: Sequence[WireTensor | asyncio.Future[WireTensor]]) -> None:

@@ -106,8 +106,11 @@ class Takeover:
         hops = await self._open(gap, chain)
         gap.opened_at = time.monotonic()
         try:
-            # The servers beside the gap learn of the new ones while these learn what the lost one knew.
-            await asyncio.gather(self._replay(gap, hops, decide), *self._relink(gap, hops))
+            if gap.lost is not None and gap.lost.span.broken is None:
+                await self._replay(gap, hops, decide)  # may fail; until then its neighbours stay with the old one
+                await asyncio.gather(*self._relink(gap, hops))
+            else:  # the servers beside the gap learn of the new ones while these learn what the lost one knew
+                await asyncio.gather(self._replay(gap, hops, decide), *self._relink(gap, hops))
         except BaseException:
             for hop in hops:
                 hop.span.close()

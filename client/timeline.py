@@ -163,6 +163,7 @@ class Timeline:
     def __init__(self) -> None:
         self._steps: deque[StepTimes] = deque(maxlen=MAX_STEPS)
         self._last: StepRecord | None = None
+        self._last_times: tuple[HopTimes, ...] = ()
 
     @contextmanager
     def step(self) -> Iterator[StepRecord]:
@@ -177,7 +178,9 @@ class Timeline:
 
     @property
     def last_times(self) -> tuple[HopTimes, ...]:
-        return () if self._last is None else self._last.hop_times()
+        if self._last is not None and self._last.answers:
+            return self._last.hop_times()
+        return self._last_times
 
     def report(self) -> Report:
         self._freeze()
@@ -199,6 +202,7 @@ class Timeline:
         """Keep the last step's times and let go of its tensors."""
         last = self._last
         if last is not None and last.answers:
+            self._last_times = last.hop_times()
             if last.one_token and all(answer.output is not None for _, answer in last.answers):
                 self._steps.append(last.frozen())
             last.answers = []

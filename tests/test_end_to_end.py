@@ -135,6 +135,12 @@ def test_seeded_samples_of_several_sequences(model, plain):
     assert torch.equal(model.generate(ids, **options), expected)
 
 
+def test_beam_search(model, plain):
+    ids, mask = tokens(2, 7), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    options = {"attention_mask": mask, "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
 def test_several_generations_in_one_session(model, plain, sent):
     text = expected = tokens(1, 6)
     with model.inference_session(max_length=64):
@@ -204,8 +210,6 @@ def test_what_is_too_long_or_not_supported_says_so(any_model):
             any_model.generate(ids, max_new_tokens=9)
         with pytest.raises(UsageError, match="in this thread already"), any_model.inference_session(max_length=8):
             pass
-    with pytest.raises(NotSupported, match="beam search"):
-        any_model.generate(ids, num_beams=2, max_new_tokens=3)
     with pytest.raises(NotSupported, match="output_attentions"):
         any_model(ids, output_attentions=True)
     with pytest.raises(NotSupported, match="gradients"):

@@ -21,6 +21,7 @@ from swarm.errors import (
     SessionLost,
     SessionTooLong,
 )
+from swarm.protocol import Codec, SessionOpened
 
 FAULTS = [
     PeerUnreachable("gone"),
@@ -32,7 +33,7 @@ FAULTS = [
 
 
 @pytest.fixture
-def swarm(fake_swarm):
+def swarm(fake_swarm, either_way):
     """A fast chain A, B, C, and slow spares with other boundaries for any of them."""
     for name, start, end in (("A", 0, 3), ("B", 3, 6), ("C", 6, 8)):
         fake_swarm.add(name, start, end, throughput=100.0)
@@ -70,7 +71,7 @@ def test_a_step_fails(swarm, victim, good_steps, fault):
     ]
     assert replacement.replayed_tokens == {0: 0, 1: 8, 3: 12}[good_steps]
     assert str(fault) in replacement.reason
-    assert not swarm[victim].spans, "the session on the lost server was not closed"
+    assert not swarm[victim].sessions, "the session on the lost server was not closed"
 
 
 def test_the_servers_around_a_lost_one_keep_their_caches(swarm):
@@ -119,7 +120,7 @@ def test_opening_the_first_chain_fails(swarm, fault):
     assert user.route == WITHOUT["B"]
     assert client.banned == {"B"}
     assert user.session.replacements == []
-    assert len(swarm["A"].spans) == 1, "the chain that did not come about was not closed"
+    assert len(swarm["A"].sessions) == 1, "the chain that did not come about was not closed"
 
 
 @pytest.mark.parametrize("place", ["open", "first replay chunk", "later replay chunk", "the step after the replay"])
@@ -145,8 +146,8 @@ def test_a_replacement_fails(swarm, small_messages, place, second, fault):
     other = {"E": ["E2", "F"], "F": ["E", "F2"]}[second]
     assert [peer_id for peer_id, _ in user.route] == ["A", *other, "C"]
     assert client.banned == {"B", second}, "of the servers that replace, only the faulty one is to blame"
-    assert len(swarm[other[0]].spans) == len(swarm[other[1]].spans) == 1, "an attempt left sessions open"
-    assert not swarm[second].spans
+    assert len(swarm[other[0]].sessions) == len(swarm[other[1]].sessions) == 1, "an attempt left sessions open"
+    assert not swarm[second].sessions
 
 
 def test_a_replay_brings_every_row_to_its_own_length(swarm):
@@ -231,7 +232,7 @@ def test_a_server_that_works_again_has_its_failures_forgiven(swarm):
 @pytest.mark.parametrize("where", ["open", "step"])
 def test_what_a_server_says_of_our_request_is_not_taken_for_our_users_error(swarm, fault, where):
     """The client checked the request itself: a server that restarted with another span, or lies, is replaced."""
-    client = swarm.connect(streams=True)
+    client = swarm.connect()
     swarm["B"].fail(where, fault)
     user = client.user()
     user.step(3)
@@ -284,7 +285,7 @@ def test_when_all_stay_full_a_session_gives_up_in_bound(swarm, settings):
     if "max_retries" in settings:
         assert swarm["B"].opened <= 4
     assert client.banned == set()
-    assert not swarm["A"].spans
+    assert not swarm["A"].sessions
 
 
 def test_the_announced_room_counts_too(swarm):
@@ -318,16 +319,15 @@ def test_a_step_refused_for_want_of_cache_goes_on_elsewhere(swarm):
     user.step()
     assert user.route == WITHOUT["B"]
     assert client.banned == set()
-    assert not swarm["B"].spans, "the session stayed open on the full server"
+    assert not swarm["B"].sessions, "the session stayed open on the full server"
     (replacement,) = user.session.replacements
-    assert replacement.reason == "no cache became free"
+    assert "no cache became free" in replacement.reason
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_where_there_is_nobody_else_a_refused_step_is_sent_again(swarm, streams):
+def test_where_there_is_nobody_else_a_refused_step_is_sent_again(swarm):
     """In the same session, which has a place in the server's line."""
     del swarm.servers["E"]
-    client = swarm.connect(streams=streams)
+    client = swarm.connect()
     user = client.user()
     user.step(4)
     swarm["B"].fail("step", CacheFull("no cache became free"), times=3)
@@ -360,7 +360,7 @@ def test_a_refused_replay_goes_on_where_there_is_room(swarm):
     user.step()
     assert user.route == WITHOUT["B"]
     assert client.banned == set()
-    assert not swarm["B"].spans
+    assert not swarm["B"].sessions
 
 
 def test_a_step_that_stays_refused_gives_up_in_bound(swarm):
@@ -401,12 +401,11 @@ def test_a_session_evicted_while_it_replays_starts_again(swarm, small_messages):
 # --- servers that leave ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_a_moving_server_is_left_without_loss_and_without_a_ban(swarm, streams):
-    client = swarm.connect(streams=streams)
+def test_a_moving_server_is_left_without_loss_and_without_a_ban(swarm):
+    client = swarm.connect()
     user = client.user()
     user.step(5)
-    swarm["B"].moving = True
+    swarm["B"].leave()
     swarm["B"].state = ServerState.DRAINING
     for _ in range(3):
         user.step()
@@ -414,7 +413,7 @@ def test_a_moving_server_is_left_without_loss_and_without_a_ban(swarm, streams):
     assert client.banned == set()
     (replacement,) = user.session.replacements
     assert (replacement.lost.peer_id, replacement.reason) == ("B", "the server is leaving")
-    assert not swarm["B"].spans, "the session stayed open on the server that leaves"
+    assert not swarm["B"].sessions, "the session stayed open on the server that leaves"
 
 
 def test_a_moving_server_is_used_until_another_can_take_over(swarm, monkeypatch):
@@ -423,7 +422,7 @@ def test_a_moving_server_is_used_until_another_can_take_over(swarm, monkeypatch)
     user = client.user()
     user.step(5)
     swarm["E"].listed = False
-    swarm["B"].moving = True
+    swarm["B"].leave()
     for _ in range(3):
         user.step()
     assert user.route == USUAL
@@ -439,12 +438,12 @@ def test_a_replacement_that_fails_while_moving_is_to_blame_alone(swarm):
     client = swarm.connect()
     user = client.user()
     user.step(5)
-    swarm["B"].moving = True
+    swarm["B"].leave()
     swarm["E"].die()
     user.step()
     assert user.route == USUAL
     assert client.banned == {"E"}
-    assert not swarm["F"].spans
+    assert not swarm["F"].sessions
 
 
 # --- numerics ------------------------------------------------------------------------------------------------------
@@ -590,8 +589,8 @@ def wrong_shape(result, data):
     return result.model_copy(update={"hidden": meta}), data
 
 
-def wrong_dtype(result, data):
-    return result.model_copy(update={"hidden": result.hidden.model_copy(update={"dtype": "float16"})}), data[::2]
+def wrong_codec(result, data):
+    return result.model_copy(update={"hidden": result.hidden.model_copy(update={"codec": Codec.FLOAT16})}), data[::2]
 
 
 def wrong_size(result, data):
@@ -611,22 +610,20 @@ def infinity(result, data):
 
 
 def not_a_result(result, data):
-    from swarm.protocol import SessionOpened
-
-    return SessionOpened(session_id="0" * 32, cache_tokens_left=1), b""
+    return SessionOpened(session_id="0" * 32, cache_tokens_left=1, clock=1), b""
 
 
 @pytest.mark.parametrize(
     "tamper",
-    [wrong_shape, wrong_dtype, wrong_size, wrong_step, not_a_number, infinity, not_a_result],
+    [wrong_shape, wrong_codec, wrong_size, wrong_step, not_a_number, infinity, not_a_result],
     ids=lambda tamper: tamper.__name__,
 )
 def test_a_server_that_answers_nonsense_is_replaced(swarm, tamper):
-    client = swarm.connect(streams=True)
+    client = swarm.connect()
     user = client.user(num_rows=2)
     user.step(3, 2)
     assert user.route == USUAL
-    swarm.tamper("B", tamper)
+    swarm["B"].tamper = tamper
     user.step(1, 1)
     user.step(1, 1)
     assert user.route == WITHOUT["B"]

@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from swarm.client.model import AutoSwarmModelForCausalLM
 from swarm.client.remote_blocks import RemoteBlocks
-from swarm.errors import EngineError, NotSupported, SessionTooLong, UsageError
+from swarm.errors import EngineError, NotSupported, PeerUnreachable, SessionTooLong, UsageError
 
 PEER = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
@@ -94,7 +94,7 @@ def test_logits_without_a_cache(model, plain, fake_swarm):
     ids = tokens(3, 17)
     assert_equal_logits(model(ids).logits, plain(ids).logits)
     deadline = time.monotonic() + 30.0  # it is closed on the node's own thread
-    while any(server.spans for server in fake_swarm.servers.values()):
+    while any(server.sessions for server in fake_swarm.servers.values()):
         assert time.monotonic() < deadline, "the session of the call stayed open"
         time.sleep(0.01)
 
@@ -152,7 +152,7 @@ def test_generate_sends_each_token_once_and_leaves_no_session(model, plain, fake
     ids = tokens(1, 6)
     assert torch.equal(model.generate(ids, max_new_tokens=12), plain.generate(ids, max_new_tokens=12))
     assert sent_tokens(fake_swarm) == [6] + [1] * 11
-    assert not any(server.spans for server in fake_swarm.servers.values())
+    assert not any(server.sessions for server in fake_swarm.servers.values())
 
 
 def test_a_failed_generation_leaves_no_session(model, fake_swarm, connection):
@@ -161,7 +161,7 @@ def test_a_failed_generation_leaves_no_session(model, fake_swarm, connection):
     with pytest.raises(Exception, match="gave up"):
         model.generate(tokens(1, 6), max_new_tokens=12)
     connection.thread.run(asyncio.sleep(0))
-    assert not any(server.spans for server in fake_swarm.servers.values())
+    assert not any(server.sessions for server in fake_swarm.servers.values())
 
 
 def test_a_lost_server_does_not_change_the_tokens(model, plain, fake_swarm, connection):
@@ -194,6 +194,55 @@ def test_generate_without_a_cache(model, plain):
     ids = tokens(1, 5)
     options = {"max_new_tokens": 4, "use_cache": False}
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
+# --- beam search -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 4, "max_new_tokens": 12},
+        {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 8, "length_penalty": 0.3},
+    ],
+    ids=["four beams", "all beams returned"],
+)
+def test_beam_search(either_way, model, plain, fake_swarm, options):
+    ids, mask = tokens(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    options = {"attention_mask": mask, **options}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    orders = [request.reorder.sources for request in fake_swarm["C"].requests if request.reorder is not None]
+    assert any(list(order) != sorted(order) or len(set(order)) < len(order) for order in orders), "no row ever moved"
+
+
+@pytest.mark.parametrize("victim", "ABC")
+def test_a_server_lost_during_beam_search_does_not_change_the_beams(
+    either_way, model, plain, fake_swarm, connection, victim
+):
+    ids = tokens(1, 6)
+    options = {"num_beams": 4, "max_new_tokens": 14, "num_return_sequences": 4}
+    fake_swarm[victim].fail("step", PeerUnreachable("gone"), after=7)
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    assert connection.banned == {victim}
+    assert fake_swarm["spare"].reorders, "the replacement was never asked to reorder"
+
+
+def test_beams_that_sample(model, plain):
+    ids = tokens(1, 5)
+    options = {"do_sample": True, "num_beams": 3, "max_new_tokens": 8, "temperature": 1.5}
+    torch.manual_seed(5)
+    expected = plain.generate(ids, **options)
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_beam_search_within_a_session(model, plain):
+    ids = tokens(1, 5)
+    with model.inference_session(max_length=40, num_rows=3) as session:
+        for _ in range(2):
+            session.position = 0
+            ours = model.generate(ids, num_beams=3, max_new_tokens=6)
+            assert torch.equal(ours, plain.generate(ids, num_beams=3, max_new_tokens=6))
 
 
 # --- sessions -------------------------------------------------------------------------------------------------------
@@ -236,7 +285,7 @@ def test_setting_the_position_back_equals_a_fresh_run(model, plain, fake_swarm):
         model.generate(ids, max_new_tokens=6)
         session.position = 5
         other = torch.cat([ids[:, :5], tokens(1, 4, seed=3)], dim=1)
-        fake_swarm["B"].steps.clear()
+        fake_swarm["B"].requests.clear()
         ours = model.generate(other, max_new_tokens=6)
         assert sent_tokens(fake_swarm, "B")[0] == 4, "the tokens before the position were sent again"
         assert session.position == other.shape[1] + 5
@@ -310,14 +359,6 @@ def test_a_session_belongs_to_its_thread(model, fake_swarm):
 
 
 # --- what does not work, and says so --------------------------------------------------------------------------------
-
-
-def test_beam_search_is_refused(model, fake_swarm):
-    with pytest.raises(NotSupported, match="beam search"):
-        model.generate(tokens(1, 5), num_beams=3, max_new_tokens=3)
-    with model.inference_session(max_length=40, num_rows=3), pytest.raises(NotSupported, match="beam search"):
-        model.generate(tokens(1, 5), num_beams=3, max_new_tokens=3)
-    assert fake_swarm["A"].opened == 0
 
 
 @torch.no_grad()
