@@ -1,6 +1,7 @@
 """The real proxy process between plain sockets. Times have lower bounds only: a busy machine may add to them."""
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -181,7 +182,8 @@ def test_a_port_is_kept_for_its_server(proxy):
 
 def test_a_proxy_that_is_gone_is_an_error():
     proxy = LinkProxy()
-    proxy.stop()
-    proxy.stop()
+    os.kill(proxy.pid, signal.SIGKILL)
     with pytest.raises(SwarmError, match="link proxy's process ended"):
         proxy.add(Link())
+    proxy.stop()
+    proxy.stop()
