@@ -14,6 +14,7 @@ that do not listen and by other servers alike. What the proxy carries is TCP's p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import selectors
 import socket
@@ -131,7 +132,8 @@ class End(asyncio.Protocol):
             self._transport.write(data)
         else:
             self._wrote_all = True
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # the peer broke off; where that is of interest, its reset is read
+                self._transport.write_eof()
             self._close_if_done()
         self.other._read_or_wait()
 

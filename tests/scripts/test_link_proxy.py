@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 
@@ -14,6 +15,9 @@ from swarm.scripts.links import Link, LinkBytes, LinkProxy, direct_connections
 
 #: Seconds. Nothing here takes that long.
 LONG = 60.0
+
+#: A socket closed with this option sends a reset.
+RESET = struct.pack("ii", 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,9 @@ class Pair:
 
     def __init__(self, proxy, link):
         self.ports = proxy.add(link)
+        self._connect()
+
+    def _connect(self):
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", self.ports.server))
@@ -43,6 +50,14 @@ class Pair:
     def __exit__(self, *error):
         self.client.close()
         self.server.close()
+
+
+class Other(Pair):
+    """One more connection through the same link."""
+
+    def __init__(self, pair):
+        self.ports = pair.ports
+        self._connect()
 
 
 def receive(sock, size):
@@ -102,19 +117,16 @@ def test_the_rate_holds_each_way(proxy, sender):
 
 
 def test_two_connections_share_the_rate(proxy):
-    with Pair(proxy, Link(rate_bits_per_s=40e6)) as pair, socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", pair.ports.server))
-        listener.listen()
-        with socket.create_connection(("127.0.0.1", pair.ports.proxy), timeout=LONG) as other:
-            server, _ = listener.accept()
-            started = time.perf_counter()
-            for sock in (pair.client, other):
-                threading.Thread(target=sock.sendall, args=(bytes(500_000),)).start()
-            receive(pair.server, 500_000)
-            receive(server, 500_000)
-            assert time.perf_counter() - started >= 0.2
-            server.close()
+    with Pair(proxy, Link(rate_bits_per_s=40e6)) as pair, Other(pair) as other:
+        started = time.perf_counter()
+        senders = [threading.Thread(target=two.client.sendall, args=(bytes(500_000),)) for two in (pair, other)]
+        for sender in senders:
+            sender.start()
+        receive(pair.server, 500_000)
+        receive(other.server, 500_000)
+        assert time.perf_counter() - started >= 0.2
+        for sender in senders:
+            sender.join(LONG)
 
 
 def test_a_half_closed_connection_still_answers(proxy):
@@ -134,10 +146,26 @@ def test_a_reset_is_passed_on_as_a_reset(proxy, breaker):
     with Pair(proxy, Link(one_way_delay_s=0.01)) as pair:
         other = {"client": pair.server, "server": pair.client}[breaker]
         broken = getattr(pair, breaker)
-        broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         broken.close()
         with pytest.raises(ConnectionResetError):
             other.recv(1)
+
+
+def test_a_connection_that_breaks_after_its_end_disturbs_no_other(proxy):
+    """The last end cannot be told to a socket that was reset meanwhile."""
+    with Pair(proxy, Link(rate_bits_per_s=40e6)) as pair, Other(pair) as other:
+        pair.server.close()
+        assert pair.client.recv(1) == b""
+        pair.client.sendall(b"to nobody: answered by a reset")
+        other.client.sendall(b"behind it")
+        assert receive(other.server, 9) == b"behind it"
+        sender = threading.Thread(target=other.client.sendall, args=(bytes(1_000_000),))
+        sender.start()
+        receive(other.server, 1)
+        pair.client.shutdown(socket.SHUT_WR)  # in the midst of the other's data
+        receive(other.server, 900_000)
+        sender.join(LONG)
 
 
 def test_a_server_that_is_not_there_resets(proxy):
