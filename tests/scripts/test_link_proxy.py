@@ -1,9 +1,12 @@
 """The real proxy process between plain sockets. Times have lower bounds only: a busy machine may add to them."""
 
+import contextlib
 import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
@@ -215,3 +218,13 @@ def test_a_proxy_that_is_gone_is_an_error():
         proxy.add(Link())
     proxy.stop()
     proxy.stop()
+
+
+def test_the_proxy_ends_with_the_program_that_started_it():
+    code = "from swarm.scripts.links import LinkProxy; print(LinkProxy().pid, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        process = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.wait(LONG)
