@@ -1,8 +1,11 @@
-"""A server for benchmarks: `python -m swarm.scripts.bench_server [--compute-time S] [--drop-rate P] [--seed N] --
-MODEL FLAGS...` with the flags of `run-server`. It is the real server, with two things done to it from outside:
+"""A server for benchmarks: `python -m swarm.scripts.bench_server [--compute-time S] [--least-time S] [--drop-rate P]
+[--seed N] -- MODEL FLAGS...` with the flags of `run-server`. It is the real server, with two things done to it from
+outside:
 
-- Every forward pass takes S seconds longer for each block that it runs, whatever the number of tokens: the engine's
-  thread sleeps, so that a few cores can stand for many GPUs. The server announces its speed accordingly.
+- Every forward pass takes S seconds longer for each block that it runs (--compute-time), or S seconds at least for
+  each (--least-time), whatever the number of tokens: the engine's thread sleeps, so that a few cores can stand for many
+  GPUs. The server announces its speed accordingly. With --least-time, what else the cores do is not seen, as long as
+  it leaves them time enough.
 - Every activation that comes in, from a client or from another server, is with probability P not answered: the
   connection of the session that it belongs to is dropped, and with it the session's cache.
 """
@@ -16,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,34 +40,48 @@ from . import main as front_door
 logger = logging.getLogger(__name__)
 
 
-def bench_program(*, compute_time: float = 0.0, drop_rate: float = 0.0, seed: int = 0) -> tuple[str, ...]:
-    """What `ServerSpec.program` takes. compute_time: seconds for each block and forward pass."""
-    flags = ("--compute-time", str(compute_time), "--drop-rate", str(drop_rate), "--seed", str(seed))
-    return "swarm.scripts.bench_server", *flags, "--"
+def bench_program(
+    *, compute_time: float = 0.0, least_time: float = 0.0, drop_rate: float = 0.0, seed: int = 0
+) -> tuple[str, ...]:
+    """What `ServerSpec.program` takes. compute_time, least_time: see `Slowness`."""
+    flags = {"--compute-time": compute_time, "--least-time": least_time, "--drop-rate": drop_rate, "--seed": seed}
+    return "swarm.scripts.bench_server", *(str(part) for flag in flags.items() for part in flag), "--"
+
+
+@dataclass(frozen=True)
+class Slowness:
+    """Of a forward pass, in seconds for each block that it runs: beyond what it really takes, and at the least."""
+
+    compute_time: float = 0.0
+    least_time: float = 0.0
+
+    def duration(self, seconds: float, num_blocks: int) -> float:
+        """What a pass through so many blocks takes that really took so many seconds."""
+        return max(seconds + self.compute_time * num_blocks, self.least_time * num_blocks)
+
+    def applied_to(self, speed: Speed, num_blocks: int) -> Speed:
+        """The speed of a span of so many blocks that was measured without it."""
+        rate = speed.forward_rate
+        return Speed(
+            decode_times=tuple(self.duration(step, num_blocks) for step in speed.decode_times),
+            forward_rate=None if rate is None else PROMPT_TOKENS / self.duration(PROMPT_TOKENS / rate, num_blocks),
+        )
 
 
 class SlowSpan(Span):
     """A span whose forward pass takes longer."""
 
-    def __init__(self, span: Span, compute_time: float):
-        """compute_time: seconds for each block and forward pass, beyond what it really takes."""
+    def __init__(self, span: Span, slowness: Slowness):
         vars(self).update(vars(span))
-        self._compute_time = compute_time
+        self._slowness = slowness
 
     def forward(self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache) -> torch.Tensor:
+        started = time.monotonic()
         output = super().forward(hidden, chunks, cache)
         blocks = {block for chunk in chunks for block in range(chunk.start, chunk.end)}
-        time.sleep(self._compute_time * len(blocks))
+        taken = time.monotonic() - started
+        time.sleep(self._slowness.duration(taken, len(blocks)) - taken)
         return output
-
-
-def slower(speed: Speed, seconds: float) -> Speed:
-    """A measured speed, if every forward pass takes so many seconds longer."""
-    rate = speed.forward_rate
-    return Speed(
-        decode_times=tuple(step + seconds for step in speed.decode_times),
-        forward_rate=None if rate is None else PROMPT_TOKENS / (PROMPT_TOKENS / rate + seconds),
-    )
 
 
 class Drops:
@@ -96,15 +114,15 @@ def drop_session(handler: Handler, task: StepTask) -> None:
 
 
 class BenchServer(Server):
-    def __init__(self, *arguments: Any, compute_time: float, drop_rate: float, seed: int, **settings: Any):
+    def __init__(self, *arguments: Any, slowness: Slowness, drop_rate: float, seed: int, **settings: Any):
         super().__init__(*arguments, **settings)
-        self._compute_time = compute_time
+        self._slowness = slowness
         self._drop_rate = drop_rate
         self._seed = seed
 
     def _load(self, *arguments: Any) -> tuple[Span, Speed]:
         span, speed = super()._load(*arguments)
-        return SlowSpan(span, self._compute_time), slower(speed, self._compute_time * len(span.blocks))
+        return SlowSpan(span, self._slowness), self._slowness.applied_to(speed, len(span.blocks))
 
     async def start(self) -> str:
         address = await super().start()
@@ -116,18 +134,19 @@ class BenchServer(Server):
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench_server", description="A server for benchmarks: see the module.")
-    parser.add_argument("--compute-time", type=float, default=0.0, help="seconds for each block and forward pass")
+    parser.add_argument("--compute-time", type=float, default=0.0, help="added seconds per block and pass")
+    parser.add_argument("--least-time", type=float, default=0.0, help="seconds per block and pass at least")
     parser.add_argument("--drop-rate", type=float, default=0.0, help="probability for each activation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("run_server", nargs=argparse.REMAINDER, metavar="-- MODEL FLAGS...")
     options = parser.parse_args(arguments)
-    if options.compute_time < 0 or not 0 <= options.drop_rate <= 1:
-        parser.error("a compute time is 0 or more, a drop rate from 0 to 1")
+    if min(options.compute_time, options.least_time) < 0 or not 0 <= options.drop_rate <= 1:
+        parser.error("a time is 0 or more, a drop rate from 0 to 1")
 
     def bench_server(*arguments: Any, **settings: Any) -> BenchServer:
         return BenchServer(
             *arguments,
-            compute_time=options.compute_time,
+            slowness=Slowness(options.compute_time, options.least_time),
             drop_rate=options.drop_rate,
             seed=options.seed,
             **settings,

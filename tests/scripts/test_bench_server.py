@@ -10,7 +10,7 @@ from swarm import AutoSwarmModelForCausalLM
 from swarm.data_structures import BlockSpan
 from swarm.rpc import server_info
 from swarm.scripts import bench_server
-from swarm.scripts.bench_server import Drops, SlowSpan, bench_program, drop_session, slower
+from swarm.scripts.bench_server import Drops, Slowness, SlowSpan, bench_program, drop_session
 from swarm.scripts.local_swarm import LocalSwarm, ServerSpec
 from swarm.server.batch import RowChunk
 from swarm.server.span import Span
@@ -47,21 +47,31 @@ def test_a_fast_server_that_loses_every_step_is_replaced_by_the_slow_one(tiny_ll
 
 
 def test_a_pass_takes_longer_by_the_blocks_that_it_runs(monkeypatch):
-    slept = []
-    monkeypatch.setattr(Span, "forward", lambda self, hidden, chunks, cache: hidden + len(self.blocks))
-    monkeypatch.setattr(bench_server.time, "sleep", slept.append)
+    now, slept = [0.0], []
+
+    def forward(self, hidden, chunks, cache):
+        now[0] += 0.5
+        return hidden + len(self.blocks)
+
+    monkeypatch.setattr(Span, "forward", forward)
+    monkeypatch.setattr(bench_server, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: now[0]))
     span = Span.__new__(Span)
     span.blocks = BlockSpan(start=2, end=10)
-    chunks = [RowChunk(None, 0, 1, start, end) for start, end in ((0, 2), (1, 4), (6, 7))]
-    assert SlowSpan(span, 0.5).forward(1, chunks, None) == 9
-    assert slept == [5 * 0.5]
+    chunks = [RowChunk(None, 0, 1, start, end) for start, end in ((0, 2), (1, 4), (6, 7))]  # 5 different blocks
+    for slowness in (Slowness(compute_time=1.0), Slowness(least_time=1.0), Slowness(least_time=0.01)):
+        assert SlowSpan(span, slowness).forward(1, chunks, None) == 9
+    assert slept == [5.0, 4.5, 0.0]
 
 
 def test_a_slower_speed():
-    speed = slower(Speed(decode_times=(0.01, 0.02), forward_rate=256 / 0.4), 0.1)
-    assert speed.decode_times == pytest.approx((0.11, 0.12))
-    assert speed.forward_rate == pytest.approx(256 / 0.5)
-    assert slower(Speed(decode_times=(3.0,), forward_rate=None), 0.1).forward_rate is None
+    measured = Speed(decode_times=(0.01, 0.02), forward_rate=256 / 0.4)
+    longer = Slowness(compute_time=0.01).applied_to(measured, 10)
+    assert longer.decode_times == pytest.approx((0.11, 0.12))
+    assert longer.forward_rate == pytest.approx(256 / 0.5)
+    at_least = Slowness(least_time=0.0015).applied_to(measured, 10)
+    assert at_least.decode_times == pytest.approx((0.015, 0.02))
+    assert at_least.forward_rate == pytest.approx(256 / 0.4)
+    assert Slowness(1.0).applied_to(Speed(decode_times=(3.0,), forward_rate=None), 1).forward_rate is None
 
 
 def session_with(caches):
@@ -99,7 +109,7 @@ def test_only_the_session_of_the_step_is_lost():
         drop_session(handler, task_of(object()))
 
 
-@pytest.mark.parametrize("flags", [["--compute-time", "-1"], ["--drop-rate", "1.5"]])
+@pytest.mark.parametrize("flags", [["--compute-time", "-1"], ["--least-time", "-1"], ["--drop-rate", "1.5"]])
 def test_bad_settings(flags, capsys):
     with pytest.raises(SystemExit):
         bench_server.main([*flags, "--", "model"])
