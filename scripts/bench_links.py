@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,12 @@ LINKS = {
 PAPER_STEPS = {"1 Gbit/s, 4 ms": 1.71, "100 Mbit/s, 4 ms": 1.66, "100 Mbit/s, 100 ms": 1.23}
 
 
+class Compression(StrEnum):
+    AUTO = "auto"
+    NONE = "none"
+    BLOCKWISE8 = "blockwise8"
+
+
 def links(
     model: Model = None,
     servers: Annotated[int, typer.Option(min=1, help="In the chain.")] = 3,
@@ -52,6 +59,12 @@ def links(
             show_default="0.585",
         ),
     ] = 1 / PAPER_STEPS["1 Gbit/s, 4 ms"],
+    push: Annotated[
+        bool, typer.Option("--push/--no-push", help="From server to server, or all through the client.")
+    ] = True,
+    compression: Annotated[
+        Compression, typer.Option(help="Of hidden states. Other than `none`, tokens need not be those of the model.")
+    ] = Compression.NONE,
     dtype: Precision = DType.FLOAT32,
     server_threads: ServerThreads = 1,
     json_file: JsonFile = None,
@@ -66,6 +79,8 @@ def links(
         new_tokens=new_tokens,
         runs=runs,
         step_time=step_time,
+        push=push,
+        compression=compression.value,
         dtype=dtype.value,
         server_threads=server_threads,
     )
@@ -79,11 +94,13 @@ def measure(
     new_tokens: int,
     runs: int,
     step_time: float,
+    push: bool,
+    compression: str,
     dtype: str,
     server_threads: int,
     progress: Callable[[str], None],
 ) -> Report:
-    """Run the benchmark. Raises SwarmError if the swarm's tokens are not those of the local model."""
+    """Run the benchmark. Raises SwarmError if, uncompressed, the swarm's tokens are not those of the local model."""
     from swarm.architectures import num_blocks
     from swarm.checkpoint import open_checkpoint
     from swarm.tensors import DTYPES
@@ -104,6 +121,8 @@ def measure(
         "runs": runs,
         "server_threads": server_threads,
         "step_time": step_time,
+        "push": push,
+        "compression": compression,
     }
     report = Report("links", settings)
     prompt = random_prompt(checkpoint.config, prompt_tokens)
@@ -115,6 +134,7 @@ def measure(
         [str(span) for span in even_spans(blocks, num_servers)],
         ["--dtype", dtype, "--threads", str(server_threads)],
         dtype,
+        {"direct_push": push, "compression": compression},
         prompt,
         expected,
         runs,
@@ -155,6 +175,7 @@ class _Part:
     blocks: Sequence[str]
     flags: Sequence[str]
     dtype: str
+    client: dict[str, Any]
     prompt: torch.Tensor
     expected: Sequence[int]
     runs: int
@@ -174,7 +195,9 @@ class _Part:
                 )
                 swarm = LocalSwarm(self.model, self.blocks, flags=self.flags, link=link, program=program)
                 stack.enter_context(swarm)
-                scenes.append((swarm, stack.enter_context(client(self.model, swarm.initial_peers, self.dtype))))
+                scenes.append(
+                    (swarm, stack.enter_context(client(self.model, swarm.initial_peers, self.dtype, **self.client)))
+                )
             for number in range(self.runs + 1):
                 for link_name, (swarm, remote) in zip(LINKS, scenes, strict=True):
                     self.progress(
@@ -201,7 +224,8 @@ class _Part:
             before = swarm.proxy.total()
             generation = generate(remote, self.prompt, len(self.expected), session)  # sends the last token only
             sent = swarm.proxy.total() - before
-        check_same(generation.tokens, self.expected)
+        if self.client["compression"] == Compression.NONE:
+            check_same(generation.tokens, self.expected)
         steps = len(generation.tokens)
         return LinkRun(generation, middle.shape[1], read_time, sent.to_server / steps, sent.from_server / steps)
 

@@ -103,9 +103,9 @@ class Drops:
 
 
 def drop_session(handler: Handler, task: StepTask) -> None:
-    """End the stream of the session that a step belongs to, which gives up its cache as well. Nobody is told why."""
+    """End the streams of the session that a step belongs to, which gives up its cache as well. Nobody is told why."""
     cache = task.rows[0].cache
-    for stream in handler._streams:
+    for stream in handler.by_session.values():
         if stream._session is not None and cache in stream._session.rows:
             logger.info("dropped session %s", stream._session.session_id)
             stream.task.cancel()
