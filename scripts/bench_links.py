@@ -157,7 +157,8 @@ class LinkRun:
     """What one run over one link gave.
 
     read_time: seconds of one step with `read_tokens` of the prompt through the whole model, in an open session.
-    to_servers, from_servers: bytes per token generated, all links together.
+    to_servers, from_servers: bytes per token generated, all links together. Between two servers, the way that pushes
+    take depends on who connected to whom, which is chance.
     """
 
     generation: Generation
@@ -244,8 +245,9 @@ def add_results(report: Report, part: str, found: dict[str, list[LinkRun]]) -> N
         report.add(f"{name}: prompt", "tokens/s", [run.read_tokens / run.read_time for run in runs])
         report.add(f"{name}: to servers", "bytes/step", [run.to_servers for run in runs])
         report.add(f"{name}: from servers", "bytes/step", [run.from_servers for run in runs])
+        report.add(f"{name}: both ways", "bytes/step", [run.to_servers + run.from_servers for run in runs])
     medians = report.medians
     for link in list(found)[1:]:
-        for kind in ("decode", "prompt", "to servers", "from servers"):
+        for kind in ("decode", "prompt", "both ways"):
             ratio = medians[f"{part}: {link}: {kind}"] / medians[f"{part}: {first}: {kind}"]
             report.ratios[f"{part}: {link} / first: {kind}"] = ratio
