@@ -102,11 +102,16 @@ def generate_remotely(
 
 
 @contextmanager
-def client(model: str, initial_peers: Sequence[str], dtype: str) -> Iterator[Any]:
-    """A client's model of the swarm at `initial_peers`, which never ends a text by itself."""
+def client(model: str, initial_peers: Sequence[str], dtype: str, **settings: Any) -> Iterator[Any]:
+    """A client's model of the swarm at `initial_peers`, which never ends a text by itself.
+
+    settings: more of `ClientConfig`.
+    """
     from swarm import AutoSwarmModelForCausalLM
 
-    remote = AutoSwarmModelForCausalLM.from_pretrained(model, initial_peers=list(initial_peers), dtype=dtype)
+    remote = AutoSwarmModelForCausalLM.from_pretrained(
+        model, initial_peers=list(initial_peers), dtype=dtype, **settings
+    )
     try:
         yield never_ending(remote)
     finally:

@@ -13,13 +13,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from swarm.errors import SwarmError
 
+from .links import Link, LinkPorts, LinkProxy, direct_connections
+
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+#: What a server's process runs, as `python -m` takes it; the model and the flags of `run-server` follow.
+RUN_SERVER = ("swarm.scripts.main", "run-server")
 
 
 class ServerFailed(SwarmError):
@@ -28,14 +33,21 @@ class ServerFailed(SwarmError):
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One `run-server` process: its blocks "A:B" and further flags."""
+    """One `run-server` process: its blocks "A:B" and further flags.
+
+    link: what stands between it and everybody else; None: the swarm's.
+    program: see `RUN_SERVER`; None: the swarm's.
+    """
 
     blocks: str
     flags: tuple[str, ...] = ()
+    link: Link | None = None
+    program: tuple[str, ...] | None = None
 
 
 class ServerProcess:
-    """One `run-server` process on loopback. `address` and `peer_id` are known once it is ready."""
+    """One `run-server` process on loopback. `address` (of its link, if it has one) and `peer_id` are known once it is
+    ready."""
 
     def __init__(
         self,
@@ -44,9 +56,11 @@ class ServerProcess:
         log: Path,
         initial_peers: Sequence[str] = (),
         on_progress: Callable[[str], None] = lambda text: None,
+        link: LinkPorts | None = None,
     ):
         """on_progress: told, from another thread, what the server says about its start."""
         self.spec = spec
+        self.link = link
         self.address = ""
         self._log = log
         self._on_progress = on_progress
@@ -54,8 +68,9 @@ class ServerProcess:
         self._ready = threading.Event()
         self.seconds_to_ready = 0.0
         peers = ["--new-swarm"] if not initial_peers else ["--initial-peers", ",".join(initial_peers)]
-        command = [sys.executable, "-m", "swarm.scripts.main", "run-server", model, *peers, "--blocks", spec.blocks]
-        command += ["--host-maddrs", LOOPBACK, "--stop-with-stdin", *spec.flags]
+        listen = ("--host-maddrs", LOOPBACK) if link is None else link.flags
+        command = [sys.executable, "-m", *(spec.program or RUN_SERVER), model, *peers, "--blocks", spec.blocks]
+        command += [*listen, "--stop-with-stdin", *spec.flags]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -131,17 +146,32 @@ class LocalSwarm:
         servers: Sequence[ServerSpec | str],
         *,
         flags: Sequence[str] = (),
+        link: Link | None = None,
+        program: tuple[str, ...] = RUN_SERVER,
         start_timeout: float = 120.0,
         on_progress: Callable[[int, str], None] = lambda index, text: None,
     ):
-        """servers: a spec, or just blocks "A:B", for each. flags: for all of them."""
+        """servers: a spec, or just blocks "A:B", for each. flags: for all of them.
+
+        link, program: for each whose spec has none of its own; without a link a server is reached directly.
+        """
         self.model = os.fspath(model)
         self._specs = [spec if isinstance(spec, ServerSpec) else ServerSpec(spec) for spec in servers]
         self._flags = tuple(flags)
+        self._link = link
+        self._program = program
+        self._proxy: LinkProxy | None = None
         self._start_timeout = start_timeout
         self._on_progress = on_progress
         self._logs = tempfile.TemporaryDirectory(prefix="petswarm-logs-")
         self.servers: list[ServerProcess] = []
+
+    @property
+    def proxy(self) -> LinkProxy:
+        """The process that carries the links of all servers, in the order in which those with a link were added."""
+        if self._proxy is None:
+            self._proxy = LinkProxy()
+        return self._proxy
 
     @property
     def initial_peers(self) -> list[str]:
@@ -164,7 +194,8 @@ class LocalSwarm:
     def add(self, spec: ServerSpec | str, *, wait: bool = True) -> ServerProcess:
         """Start one more server."""
         spec = spec if isinstance(spec, ServerSpec) else ServerSpec(spec)
-        spec = ServerSpec(spec.blocks, (*self._flags, *spec.flags))
+        link = spec.link or self._link
+        spec = replace(spec, flags=(*self._flags, *spec.flags), link=link, program=spec.program or self._program)
         index = len(self.servers)
         self._on_progress(index, "starting")
         server = ServerProcess(
@@ -173,6 +204,7 @@ class LocalSwarm:
             Path(self._logs.name) / f"server-{index}.log",
             self.initial_peers,
             on_progress=lambda text: self._on_progress(index, text),
+            link=None if link is None else self.proxy.add(link),
         )
         self.servers.append(server)
         if wait:
@@ -193,6 +225,8 @@ class LocalSwarm:
                 server.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 server.kill()
+        if self._proxy is not None:
+            self._proxy.stop()
         self._logs.cleanup()
 
     def __enter__(self) -> LocalSwarm:
@@ -203,3 +237,11 @@ class LocalSwarm:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def assert_no_direct_connections(swarm: LocalSwarm) -> None:
+    """For tests: whoever talks to a server of this swarm at this moment does so through its link."""
+    ports = [server.link.server for server in swarm.servers if server.link is not None]
+    assert len(ports) == len(swarm.servers), "not every server of this swarm has a link"
+    direct = direct_connections(ports, swarm.proxy.pid)
+    assert not direct, f"connections by-pass the links: {'; '.join(direct)}"

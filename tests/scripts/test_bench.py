@@ -10,9 +10,11 @@ import pytest
 
 from swarm.client.inference_session import HopTimes
 from swarm.errors import SwarmError
+from swarm.scripts import bench_links
 from swarm.scripts import main as front_door
 from swarm.scripts.bench_decode import even_spans, summarize
 from swarm.scripts.bench_generation import Generation, check_tokens
+from swarm.scripts.bench_links import LINKS, LinkRun, add_results
 from swarm.scripts.bench_prefill import WARM_UP_GAPS, split_gaps
 from swarm.scripts.bench_processes import ChildProcess, peak_memory
 from swarm.scripts.bench_report import Report
@@ -141,6 +143,46 @@ def test_a_text_that_is_too_short(tiny_chat_folder: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
+def test_links(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the tiny model is 64 values in float32, and each of two servers receives and sends one per step."""
+    links = {name: LINKS[name] for name in ("1 Gbit/s, 4 ms", "100 Mbit/s, 100 ms")}
+    monkeypatch.setattr(bench_links, "LINKS", links)
+    file, step_time = tmp_path / "links.json", 0.3
+    arguments = ["--model", str(tiny_llama_folder), "--servers", "2", "--runs", "2", "--step-time", str(step_time)]
+    assert run("links", *arguments, "--prompt-tokens", "20", "--new-tokens", "3", "--json", str(file)) == 0
+    results, found = read(file, "links", runs=2)
+    assert found["settings"]["bytes_per_row"] == 4 * 64
+    assert 0 < found["settings"]["seconds_per_block"] < step_time / 8
+    for name, link in links.items():
+        for part, least in (("raw", 0.0), ("paper", 8 * found["settings"]["seconds_per_block"])):
+            step = 1 / results[f"{part}: {name}: decode"]["median"]
+            # to one server after the other and back at least
+            assert step >= least + 3 * link.one_way_delay_s
+            # to the first, a push, and two copies to the client
+            assert results[f"{part}: {name}: both ways"]["median"] >= 4 * 256
+            for kind in ("decode", "prompt", "both ways"):
+                slow, first = (results[f"{part}: {which}: {kind}"]["median"] for which in reversed(links))
+                assert found["ratios"][f"{part}: 100 Mbit/s, 100 ms / first: {kind}"] == pytest.approx(slow / first)
+    assert found["ratios"]["PETALS, BLOOM-176B: 100 Mbit/s, 100 ms / first: decode"] == pytest.approx(1.23 / 1.71)
+
+
+def test_figures_of_links() -> None:
+    def runs(step_time: float, read_time: float, sent: float) -> list[LinkRun]:
+        generation = Generation(tokens=[1, 2, 3], first=0.1, rest=2 * step_time)
+        return [LinkRun(generation, 100, read_time, sent, 2 * sent)] * 3
+
+    report = Report("links", settings={})
+    add_results(report, "raw", {"fast": runs(0.1, 0.5, 1000), "slow": runs(0.4, 2.0, 600)})
+    medians = report.medians
+    assert medians["raw: fast: decode"] == pytest.approx(10)
+    assert medians["raw: slow: prompt"] == pytest.approx(50)
+    assert medians["raw: slow: from servers"] == 1200
+    assert medians["raw: slow: both ways"] == 1800
+    ratios = {"decode": 0.25, "prompt": 0.25, "both ways": 0.6}
+    assert report.ratios == pytest.approx({f"raw: slow / first: {kind}": ratio for kind, ratio in ratios.items()})
+
+
+@pytest.mark.slow
 def test_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     arguments = ["--model", str(tiny_llama_folder), "--servers", "1", "--runs", "1", "--new-tokens", "3"]
@@ -172,7 +214,7 @@ def test_startup(tiny_llama_folder: Path, tmp_path: Path) -> None:
     assert results["swarm --help"]["median"] < results["one server to READY"]["median"]
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "memory", "startup"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "memory", "startup", "links"])
 def test_a_bad_file_is_an_error_before_anything_is_measured(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
