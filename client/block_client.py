@@ -37,7 +37,7 @@ from swarm.protocol import (
 )
 from swarm.routing.chain import ChainLink
 from swarm.rpc import FrameStream, open_stream
-from swarm.tensors import all_finite, from_bytes, to_bytes
+from swarm.tensors import all_finite, decode, encode, lossless_codec
 
 from .config import ClientConfig
 
@@ -118,7 +118,7 @@ class RemoteSpan:
         if self._closed:
             raise SessionLost("the connection was given up when an earlier step was interrupted")
         self._step += 1
-        meta, payload = to_bytes(hidden)
+        meta, payload = encode(hidden, lossless_codec(hidden.dtype))
         request = StepRequest(session_id=self.session_id, step=self._step, rows=tuple(rows), hidden=meta)
         try:
             answer, data = await self._ask(request, payload, self._timeout, "answer a step")
@@ -129,7 +129,7 @@ class RemoteSpan:
         if not isinstance(answer, StepResult) or answer.step != self._step or answer.hidden != meta:
             raise ProtocolError(f"server {self._peer_id} answered step {self._step} with {answer!r:.200}")
         self.moving |= answer.moving
-        output = from_bytes(answer.hidden, data)
+        output = decode(answer.hidden, data)
         if not all_finite(output):
             raise ProtocolError(f"server {self._peer_id} answered with NaN or infinity")
         return SpanOutput(output, answer.queue_time, answer.compute_time)

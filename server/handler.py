@@ -39,7 +39,7 @@ from swarm.protocol import (
     StepResult,
 )
 from swarm.rpc import FrameStream
-from swarm.tensors import all_finite, from_bytes, to_bytes
+from swarm.tensors import all_finite, decode, encode, lossless_codec
 
 from .engine import Engine
 from .sessions import Session, SessionTable
@@ -205,7 +205,7 @@ class _SessionStream:
     def _check(self, session: Session, request: StepRequest, payload: bytes) -> StepTask:
         span = self._handler.engine.span
         rows = session.check_step(request, span.hidden_size)
-        hidden = from_bytes(request.hidden, payload)
+        hidden = decode(request.hidden, payload)
         if not all_finite(hidden):
             raise ProtocolError("the hidden states hold NaN or infinity")
         start, end = span.local(session.span)
@@ -216,7 +216,7 @@ class _SessionStream:
         try:
             async with asyncio.timeout(self._handler.step_timeout):
                 output = await asyncio.wrap_future(future)
-            meta, payload = to_bytes(output.hidden)
+            meta, payload = encode(output.hidden, lossless_codec(output.hidden.dtype))
             result = StepResult(
                 step=step,
                 hidden=meta,

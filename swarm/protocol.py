@@ -19,6 +19,7 @@ from hivemind.p2p import P2PContext, ServicerBase
 from hivemind.proto import runtime_pb2
 from pydantic import Field, ValidationError
 
+from .codecs import Codec
 from .data_structures import PROTOCOL_VERSION, BlockSpan, Fingerprint, Frozen
 from .errors import MessageTooLarge, ProtocolError
 
@@ -36,6 +37,7 @@ MAX_ROWS = 1024
 MAX_POSITION = 2**24
 
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Size = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class WorkKind(StrEnum):
@@ -45,10 +47,13 @@ class WorkKind(StrEnum):
 
 
 class TensorMeta(Frozen):
-    """How the bytes that follow a message become a tensor."""
+    """How the bytes that follow a message become a tensor.
 
-    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=4)]
-    dtype: Annotated[str, Field(pattern=r"^(float32|float16|bfloat16)$")]
+    shape: tokens, hidden_size
+    """
+
+    shape: tuple[Size, Size]
+    codec: Codec
 
 
 class RowSlice(NamedTuple):

@@ -1,4 +1,4 @@
-"""Tensor <-> bytes on the wire."""
+"""Hidden states <-> bytes on the wire. Every token is a row of its own: a message of several is its rows in turn."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import math
 
 import torch
 
+from .blockwise8 import dequantize, quantize
+from .codecs import Codec, row_bytes
 from .errors import ProtocolError
 from .protocol import TensorMeta
+
+__all__ = ["DTYPES", "Codec", "all_finite", "decode", "encode", "lossless_codec", "row_bytes"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32. Raises ProtocolError for a dtype that does not travel."""
+def lossless_codec(dtype: torch.dtype) -> Codec:
+    """The codec that keeps every bit of this dtype. Raises ProtocolError for one that does not travel."""
     for name, known in DTYPES.items():
         if known == dtype:
-            return name
+            return Codec(name)
     raise ProtocolError(f"tensors of {dtype} do not travel; use one of {', '.join(DTYPES)}")
 
 
@@ -25,24 +29,51 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
 
 
-def to_bytes(tensor: torch.Tensor) -> tuple[TensorMeta, memoryview]:
-    """The wire form of a tensor. A contiguous CPU tensor is not copied, so it must not change until it is sent."""
-    meta = TensorMeta(shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return meta, flat.numpy().data
+def encode(tensor: torch.Tensor, codec: Codec) -> tuple[TensorMeta, memoryview]:
+    """The wire form of hidden states [tokens, hidden_size].
+
+    A contiguous CPU tensor of the codec's own dtype is not copied, so it must not change until it is sent. Raises
+    ProtocolError if the codec does not hold such rows, or values as large as these.
+    """
+    lossless_codec(tensor.dtype)
+    tokens, hidden_size = tensor.shape
+    meta = TensorMeta(shape=(tokens, hidden_size), codec=codec)
+    row_bytes(codec, hidden_size)
+    with torch.inference_mode():
+        if codec is Codec.BLOCKWISE8:
+            encoded = quantize(tensor.float().contiguous())
+        else:
+            encoded = tensor.to(DTYPES[codec])
+            if codec is Codec.FLOAT16 and encoded is not tensor and not all_finite(encoded) and all_finite(tensor):
+                raise ProtocolError(
+                    f"hidden states up to {tensor.abs().max().item():g} do not fit float16, which ends at 65504; "
+                    "use bfloat16 or blockwise8"
+                )
+        flat = encoded.cpu().contiguous().view(-1).view(torch.uint8)
+        return meta, flat.numpy().data
 
 
-def from_bytes(meta: TensorMeta, data: bytes | bytearray) -> torch.Tensor:
-    """The tensor described by `meta`; it shares the memory of `data`. Raises ProtocolError if sizes differ."""
-    dtype = DTYPES[meta.dtype]
-    wanted = dtype.itemsize
-    for size in meta.shape:
-        wanted *= size
+def decode(meta: TensorMeta, data: bytes | bytearray | memoryview, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The hidden states described by `meta`: [tokens, hidden_size] on the CPU, in `dtype` or what the codec holds.
+
+    blockwise8 holds float32. Without a conversion the tensor shares the memory of `data` where that can be written to.
+    Values that were NaN or infinite are not finite here either, though perhaps others of their row, too. Raises
+    ProtocolError if the sizes differ, or the bytes cannot be of this codec.
+    """
+    tokens, hidden_size = meta.shape
+    wanted = tokens * row_bytes(meta.codec, hidden_size)
     if len(data) != wanted:
         raise ProtocolError(
-            f"a tensor of shape {list(meta.shape)} in {meta.dtype} takes {wanted} bytes, but {len(data)} arrived"
+            f"a tensor of shape {list(meta.shape)} in {meta.codec} takes {wanted} bytes, but {len(data)} arrived"
         )
-    if wanted == 0:
-        # Not torch.empty(shape): beside a zero, the other sizes of a stranger's shape may overflow.
+    if tokens == 0 or hidden_size == 0:
+        # Not torch.empty(shape): beside a zero, the other size of a stranger's shape may overflow.
         raise ProtocolError(f"a tensor of shape {list(meta.shape)} holds nothing")
-    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=dtype).reshape(meta.shape)
+    # torch warns of memory that is not to be written to.
+    buffer = bytearray(data) if memoryview(data).readonly else data
+    with torch.no_grad():
+        if meta.codec is Codec.BLOCKWISE8:
+            hidden = dequantize(torch.frombuffer(buffer, dtype=torch.uint8).view(tokens, -1), hidden_size)
+        else:
+            hidden = torch.frombuffer(buffer, dtype=DTYPES[meta.codec]).view(tokens, hidden_size)
+        return hidden if dtype is None else hidden.to(dtype)

@@ -21,7 +21,7 @@ from swarm.errors import CacheFull, PeerUnreachable, ProtocolError, SessionLost,
 from swarm.node import NodeThread
 from swarm.protocol import ErrorReply, Moving, OpenSession, RowSlice, SessionOpened, StepRequest, StepResult
 from swarm.routing.router import Router, RouterConfig
-from swarm.tensors import from_bytes, to_bytes
+from swarm.tensors import decode, encode, lossless_codec
 
 FINGERPRINT = "f" * 64
 NUM_BLOCKS = 8
@@ -184,8 +184,8 @@ class FakeStream:
         elif isinstance(message, StepRequest) and self.span is not None:
             if self.server.moving:
                 self.answers.put_nowait((Moving(), b""))
-            output = await self.span.step(message.rows, from_bytes(message.hidden, payload))
-            meta, data = to_bytes(output.hidden)
+            output = await self.span.step(message.rows, decode(message.hidden, payload))
+            meta, data = encode(output.hidden, lossless_codec(output.hidden.dtype))
             result = StepResult(step=message.step, hidden=meta, queue_time=0.0, compute_time=0.0)
             self.answers.put_nowait(self.tamper(result, bytes(data)))
 

@@ -59,7 +59,7 @@ from swarm.server.kv_cache import KVCache
 from swarm.server.loader import load_span
 from swarm.server.sessions import SessionTable
 from swarm.server.tasks import StepTask
-from swarm.tensors import from_bytes, to_bytes
+from swarm.tensors import Codec, decode, encode
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -103,7 +103,7 @@ class Client:
 
     def request(self, num_tokens: int = 1, **changes: Any) -> tuple[StepRequest, memoryview]:
         """The next step of an honest client, or of one that changes some fields."""
-        meta, payload = to_bytes(self._inputs[self.position : self.position + num_tokens])
+        meta, payload = encode(self._inputs[self.position : self.position + num_tokens], Codec.FLOAT32)
         fields: dict[str, Any] = {
             "session_id": self.session_id,
             "step": self.position,
@@ -118,7 +118,7 @@ class Client:
         assert isinstance(answer, StepResult), answer
         assert answer.step == self.position
         expected = self._outputs[self.position : self.position + num_tokens]
-        assert (from_bytes(answer.hidden, payload) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (decode(answer.hidden, payload) - expected).abs().max() <= 1e-5 * expected.abs().max()
         self.position += num_tokens
         return answer
 
@@ -288,7 +288,7 @@ async def test_a_part_of_the_span(world: World, tiny_model: Any) -> None:
     answer, data = await client.receive()
     assert isinstance(answer, StepResult)
     whole = client._outputs[:4]
-    assert not torch.allclose(from_bytes(answer.hidden, data), whole)
+    assert not torch.allclose(decode(answer.hidden, data), whole)
 
 
 async def test_many_sessions_at_once(world: World) -> None:
@@ -311,12 +311,12 @@ async def test_a_session_of_several_rows_rewinds_one(world: World) -> None:
 
     async def run(*rows: RowSlice) -> None:
         slices = [slice(row.position, row.position + row.num_tokens) for row in rows]
-        meta, payload = to_bytes(torch.cat([inputs[tokens] for tokens in slices]))
+        meta, payload = encode(torch.cat([inputs[tokens] for tokens in slices]), Codec.FLOAT32)
         await client.send(StepRequest(session_id=client.session_id, step=1, rows=rows, hidden=meta), payload)
         answer, data = await client.receive()
         assert isinstance(answer, StepResult), answer
         expected = torch.cat([outputs[tokens] for tokens in slices])
-        assert (from_bytes(answer.hidden, data) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (decode(answer.hidden, data) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
     await run(RowSlice(1, 0, 9), RowSlice(0, 0, 3))
     await run(RowSlice(0, 3, 1), RowSlice(1, 4, 30))
@@ -369,18 +369,17 @@ async def test_a_second_session_on_a_stream_is_refused(world: World) -> None:
     await client.step()
 
 
-def hidden(*shape: int) -> TensorMeta:
-    return TensorMeta(shape=shape, dtype="float32")
+def hidden(tokens: int, hidden_size: int) -> TensorMeta:
+    return TensorMeta(shape=(tokens, hidden_size), codec=Codec.FLOAT32)
 
 
 BAD_STEPS: dict[str, tuple[dict[str, Any], bytes, type[SwarmError], str]] = {
     "width": ({"hidden": hidden(1, 32)}, bytes(128), ProtocolError, "shape [1, 32]; this model takes [tokens, 64]"),
-    "dimensions": ({"hidden": hidden(64)}, bytes(256), ProtocolError, "shape [64]"),
     "tokens": ({"hidden": hidden(2, 64)}, bytes(512), ProtocolError, "for 2 tokens, but the rows list 1"),
     "too few bytes": ({}, bytes(252), ProtocolError, "takes 256 bytes, but 252 arrived"),
     "too many bytes": ({}, bytes(260), ProtocolError, "takes 256 bytes, but 260 arrived"),
-    "bytes of another dtype": (
-        {"hidden": TensorMeta(shape=(1, 64), dtype="float16")},
+    "bytes of another codec": (
+        {"hidden": TensorMeta(shape=(1, 64), codec=Codec.FLOAT16)},
         bytes(256),
         ProtocolError,
         "128",
@@ -433,7 +432,7 @@ def frame(header: bytes, payload: bytes = b"") -> bytes:
 
 def int64_step(client: Client) -> bytes:
     request, _ = client.request()
-    fields = request.model_dump() | {"hidden": {"shape": [1, 64], "dtype": "int64"}}
+    fields = request.model_dump() | {"hidden": {"shape": [1, 64], "codec": "int64"}}
     return frame(msgpack.packb(["step", fields]), bytes(512))
 
 
@@ -446,7 +445,7 @@ JUNK: dict[str, tuple[Callable[[Client], bytes], type[SwarmError], str]] = {
     "random bytes": (lambda _: bytes([0, 0, 0, 99, 0, 0, 0, 99]) + secrets.token_bytes(198), ProtocolError, ""),
     "no message": (lambda _: frame(msgpack.packb({"open": "sesame"})), ProtocolError, "not a message of protocol"),
     "an unknown message": (lambda _: frame(msgpack.packb(["steal", {}])), ProtocolError, "not a message of protocol"),
-    "another dtype": (int64_step, ProtocolError, "hidden.dtype"),
+    "another codec": (int64_step, ProtocolError, "hidden.codec"),
 }
 
 
@@ -715,7 +714,7 @@ async def stall(world: World, client: Client) -> int:
     assert isinstance(await client.open(num_rows=num_rows, max_length=max_length), SessionOpened)
     client.stream._reader._transport.pause_reading()  # type: ignore[attr-defined]
     rows = tuple(RowSlice(row, 0, max_length) for row in range(num_rows))
-    meta, payload = to_bytes(torch.zeros(num_rows * max_length, 64))
+    meta, payload = encode(torch.zeros(num_rows * max_length, 64), Codec.FLOAT32)
     await client.send(StepRequest(session_id=client.session_id, step=0, rows=rows, hidden=meta), payload)
     return len(payload)
 

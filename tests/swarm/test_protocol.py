@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import MessageTooLarge, ProtocolError
 from swarm.protocol import (
@@ -31,7 +32,7 @@ from swarm.protocol import (
 
 SESSION = "0123456789abcdef" * 2
 FINGERPRINT = "ab" * 32
-HIDDEN = TensorMeta(shape=(3, 64), dtype="float32")
+HIDDEN = TensorMeta(shape=(3, 64), codec=Codec.FLOAT32)
 OPEN = OpenSession(
     session_id=SESSION,
     fingerprint=FINGERPRINT,
@@ -85,9 +86,9 @@ def fields_of(message: Message, **changes: Any) -> bytes:
         (fields_of(STEP, rows=[(0, -1, 1)]), "rows.0.1:"),
         (fields_of(STEP, rows=[(MAX_ROWS, 0, 1)]), "rows.0.0:"),
         (fields_of(STEP, rows=[(0, 0)]), "rows.0"),
-        (fields_of(STEP, hidden={"shape": [1], "dtype": "int64"}), "hidden.dtype:"),
-        (fields_of(STEP, hidden={"shape": [-1], "dtype": "float32"}), "hidden.shape.0:"),
-        (fields_of(STEP, hidden={"shape": [1] * 5, "dtype": "float32"}), "hidden.shape:"),
+        (fields_of(STEP, hidden={"shape": [1, 1], "codec": "int64"}), "hidden.codec:"),
+        (fields_of(STEP, hidden={"shape": [-1, 1], "codec": "float32"}), "hidden.shape.0:"),
+        (fields_of(STEP, hidden={"shape": [1] * 3, "codec": "float32"}), "hidden.shape:"),
         (fields_of(StepResult(step=0, hidden=HIDDEN, queue_time=0, compute_time=0), queue_time=float("nan")), "queue"),
     ],
 )
