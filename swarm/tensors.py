@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from .blockwise8 import dequantize, quantize
@@ -35,22 +36,20 @@ def encode(tensor: torch.Tensor, codec: Codec) -> tuple[TensorMeta, memoryview]:
     A contiguous CPU tensor of the codec's own dtype is not copied, so it must not change until it is sent. Raises
     ProtocolError if the codec does not hold such rows, or values as large as these.
     """
-    lossless_codec(tensor.dtype)
+    lossless_codec(tensor.dtype)  # or it is of none that travel
     tokens, hidden_size = tensor.shape
     meta = TensorMeta(shape=(tokens, hidden_size), codec=codec)
     row_bytes(codec, hidden_size)
     with torch.inference_mode():
         if codec is Codec.BLOCKWISE8:
-            encoded = quantize(tensor.float().contiguous())
-        else:
-            encoded = tensor.to(DTYPES[codec])
-            if codec is Codec.FLOAT16 and encoded is not tensor and not all_finite(encoded) and all_finite(tensor):
-                raise ProtocolError(
-                    f"hidden states up to {tensor.abs().max().item():g} do not fit float16, which ends at 65504; "
-                    "use bfloat16 or blockwise8"
-                )
-        flat = encoded.cpu().contiguous().view(-1).view(torch.uint8)
-        return meta, flat.numpy().data
+            return meta, quantize(tensor.cpu().float().contiguous().numpy()).reshape(-1).data
+        encoded = tensor.to(DTYPES[codec])
+        if codec is Codec.FLOAT16 and encoded is not tensor and not all_finite(encoded) and all_finite(tensor):
+            raise ProtocolError(
+                f"hidden states up to {tensor.abs().max().item():g} do not fit float16, which ends at 65504; "
+                "use bfloat16 or blockwise8"
+            )
+        return meta, encoded.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def decode(meta: TensorMeta, data: bytes | bytearray | memoryview, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -69,11 +68,10 @@ def decode(meta: TensorMeta, data: bytes | bytearray | memoryview, dtype: torch.
     if tokens == 0 or hidden_size == 0:
         # Not torch.empty(shape): beside a zero, the other size of a stranger's shape may overflow.
         raise ProtocolError(f"a tensor of shape {list(meta.shape)} holds nothing")
-    # torch warns of memory that is not to be written to.
-    buffer = bytearray(data) if memoryview(data).readonly else data
-    with torch.no_grad():
-        if meta.codec is Codec.BLOCKWISE8:
-            hidden = dequantize(torch.frombuffer(buffer, dtype=torch.uint8).view(tokens, -1), hidden_size)
-        else:
-            hidden = torch.frombuffer(buffer, dtype=DTYPES[meta.codec]).view(tokens, hidden_size)
-        return hidden if dtype is None else hidden.to(dtype)
+    if meta.codec is Codec.BLOCKWISE8:
+        hidden = torch.from_numpy(dequantize(np.frombuffer(data, np.uint8).reshape(tokens, -1), hidden_size))
+    else:
+        # torch warns of memory that is not to be written to.
+        buffer = bytearray(data) if memoryview(data).readonly else data
+        hidden = torch.frombuffer(buffer, dtype=DTYPES[meta.codec]).view(tokens, hidden_size)
+    return hidden if dtype is None else hidden.to(dtype)
