@@ -52,7 +52,7 @@ def quantize(rows: Floats) -> Bytes:
 
     Outliers are off by at most 2^-11 of themselves, and other values by half of their block's scale: 1/254 of its
     largest (outliers aside, and rounded to float16). Nothing can be told apart below 2^-29 of the row's largest value,
-    nor below 2^-140.
+    nor below 2^-140. Values from 3.4e38 on, where float32 ends, may arrive as infinity.
     """
     hidden_size = rows.shape[1]
     blocks = _in_blocks(rows)

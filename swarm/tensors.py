@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from .blockwise8 import dequantize, quantize
-from .codecs import Codec, row_bytes
+from .codecs import Codec, choose_codec, row_bytes
 from .errors import ProtocolError
 from .protocol import TensorMeta
 
-__all__ = ["DTYPES", "Codec", "all_finite", "decode", "encode", "lossless_codec", "row_bytes"]
+__all__ = ["DTYPES", "Codec", "all_finite", "choose_codec", "decode", "encode", "lossless_codec", "row_bytes"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -70,6 +70,17 @@ def test_a_claim_beyond_all_memory_costs_nothing(codec: Codec) -> None:
         decode(meta(2**31, 2**16, codec), bytes(8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_beyond_float16_are_refused_but_not_hidden(dtype: torch.dtype) -> None:
+    rows = torch.full((2, 64), 1e5).to(dtype)
+    with pytest.raises(ProtocolError, match=r"up to \d+ do not fit float16, .*; use bfloat16 or blockwise8"):
+        encode(rows, Codec.FLOAT16)
+    for codec in (Codec.BFLOAT16, Codec.BLOCKWISE8):
+        assert torch.allclose(decode(*encode(rows, codec), torch.float32), rows.float(), rtol=2**-8)
+    rows[0, 0] = float("nan")
+    assert not all_finite(decode(*encode(rows, Codec.FLOAT16)))  # for whoever receives it to refuse
+
+
 def test_other_dtypes_do_not_travel() -> None:
     assert lossless_codec(torch.bfloat16) is Codec.BFLOAT16
     with pytest.raises(ProtocolError, match=r"tensors of torch\.int64 do not travel; use one of float32, "):
