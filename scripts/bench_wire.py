@@ -19,7 +19,7 @@ import typer
 
 from swarm.codecs import Codec, row_bytes
 
-from .bench_report import JsonFile, Model, PromptTokens, Report, Runs, run_benchmark
+from .bench_report import JsonFile, Model, Report, Runs, run_benchmark
 from .bench_text import Text, first_tokens, read_text
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def wire(
     model: Model = None,
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=3, help="Of the text, for agreement and perplexity.")] = 2500,
-    prompt_tokens: PromptTokens = 512,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Rows encoded at once, beside a single one.")] = 512,
     runs: Runs = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     json_file: JsonFile = None,
