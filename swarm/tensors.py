@@ -39,7 +39,8 @@ def encode(tensor: torch.Tensor, codec: Codec) -> tuple[TensorMeta, memoryview]:
     lossless_codec(tensor.dtype)  # or it is of none that travel
     tokens, hidden_size = tensor.shape
     meta = TensorMeta(shape=(tokens, hidden_size), codec=codec)
-    row_bytes(codec, hidden_size)
+    _wire_bytes(meta)  # or the codec does not hold it
+    tensor = tensor.detach()
     with torch.inference_mode():
         if codec is Codec.BLOCKWISE8:
             return meta, quantize(tensor.cpu().float().contiguous().numpy()).reshape(-1).data
@@ -60,14 +61,11 @@ def decode(meta: TensorMeta, data: bytes | bytearray | memoryview, dtype: torch.
     ProtocolError if the sizes differ, or the bytes cannot be of this codec.
     """
     tokens, hidden_size = meta.shape
-    wanted = tokens * row_bytes(meta.codec, hidden_size)
-    if len(data) != wanted:
+    wanted, arrived = _wire_bytes(meta), memoryview(data).nbytes
+    if arrived != wanted:
         raise ProtocolError(
-            f"a tensor of shape {list(meta.shape)} in {meta.codec} takes {wanted} bytes, but {len(data)} arrived"
+            f"a tensor of shape {list(meta.shape)} in {meta.codec} takes {wanted} bytes, but {arrived} arrived"
         )
-    if tokens == 0 or hidden_size == 0:
-        # Not torch.empty(shape): beside a zero, the other size of a stranger's shape may overflow.
-        raise ProtocolError(f"a tensor of shape {list(meta.shape)} holds nothing")
     if meta.codec is Codec.BLOCKWISE8:
         hidden = torch.from_numpy(dequantize(np.frombuffer(data, np.uint8).reshape(tokens, -1), hidden_size))
     else:
@@ -75,3 +73,12 @@ def decode(meta: TensorMeta, data: bytes | bytearray | memoryview, dtype: torch.
         buffer = bytearray(data) if memoryview(data).readonly else data
         hidden = torch.frombuffer(buffer, dtype=DTYPES[meta.codec]).view(tokens, hidden_size)
     return hidden if dtype is None else hidden.to(dtype)
+
+
+def _wire_bytes(meta: TensorMeta) -> int:
+    """Raises ProtocolError for a tensor without values, or with rows that the codec does not hold."""
+    tokens, hidden_size = meta.shape
+    if tokens == 0 or hidden_size == 0:
+        # No torch.empty(shape) for it: beside a zero, the other size of a stranger's shape may overflow.
+        raise ProtocolError(f"a tensor of shape {list(meta.shape)} holds nothing")
+    return tokens * row_bytes(meta.codec, hidden_size)
