@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from swarm.codecs import Codec, row_bytes
 from swarm.errors import (
     NotSupported,
     PeerRefused,
@@ -26,7 +27,6 @@ from swarm.errors import (
 )
 from swarm.node import Node
 from swarm.protocol import (
-    Codec,
     ErrorReply,
     Message,
     Moving,
@@ -42,7 +42,6 @@ from swarm.protocol import (
 )
 from swarm.routing.chain import ChainLink
 from swarm.rpc import FrameStream, clock, open_stream, ping
-from swarm.tensors import row_bytes
 
 from .config import ClientConfig
 from .history import WireTensor

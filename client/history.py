@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from swarm.codecs import Codec
 from swarm.errors import NotSupported
-from swarm.protocol import MAX_PAYLOAD_BYTES, Codec, Reorder, RowSlice, TensorMeta
+from swarm.protocol import MAX_PAYLOAD_BYTES, Reorder, RowSlice, TensorMeta
 
 
 @dataclass(frozen=True)

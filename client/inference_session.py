@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import CacheFull, SessionTooLong, UsageError
 from swarm.node import NodeThread
-from swarm.protocol import Codec, Reorder, RowSlice
+from swarm.protocol import Reorder, RowSlice
 from swarm.routing.chain import Chain
 from swarm.routing.router import Router
 from swarm.tensors import DTYPES, all_finite, encode, lossless_codec

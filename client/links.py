@@ -7,10 +7,9 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+from swarm.codecs import Codec, choose_codec
 from swarm.data_structures import ServerInfo
 from swarm.errors import SwarmError
-from swarm.protocol import Codec
-from swarm.tensors import choose_codec
 
 from .config import ClientConfig
 

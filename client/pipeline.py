@@ -14,8 +14,9 @@ from typing import NoReturn
 
 import torch
 
+from swarm.codecs import Codec
 from swarm.errors import PeerTimeout, ProtocolError, SwarmError
-from swarm.protocol import Codec, NextServer, StepRequest
+from swarm.protocol import NextServer, StepRequest
 from swarm.routing.chain import ChainLink
 from swarm.rpc import clock
 from swarm.tensors import all_finite, decode

@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import SwarmError
-from swarm.protocol import Codec, NextServer
+from swarm.protocol import NextServer
 from swarm.routing.chain import Chain, ChainLink
 
 from .block_client import BlockClient, Expected, OpenSpan, SessionSpec, new_session_id

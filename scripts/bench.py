@@ -12,11 +12,12 @@ from .bench_overcommit import overcommit
 from .bench_prefill import prefill
 from .bench_quantization import quantization
 from .bench_startup import startup
+from .bench_wire import wire
 
 app = typer.Typer(
     help="Measure on this machine, with swarms of its own on loopback. Use an idle machine.",
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup, links):
+for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup, links, wire):
     app.command()(command)

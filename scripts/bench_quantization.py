@@ -9,14 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from swarm.errors import UsageError
-
 from .bench_report import MEGABYTE, MILLISECONDS, JsonFile, Model, PromptTokens, Report, Runs, run_benchmark
+from .bench_text import Text, first_tokens, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +50,7 @@ LOCAL = "plain transformers"
 
 def quantization(
     model: Model = None,
-    text: Annotated[
-        Path | None, typer.Option(help="English text to predict; otherwise this program's README.", show_default=False)
-    ] = None,
+    text: Text = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of the text, for the agreement with float32.")] = 2000,
     prompt_tokens: PromptTokens = 512,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps in each run, at one row.")] = 16,
@@ -67,24 +63,13 @@ def quantization(
         measure,
         model,
         json_file,
-        text=_read_text(text),
+        text=read_text(text),
         num_tokens=tokens,
         prompt_tokens=prompt_tokens,
         steps=steps,
         runs=runs,
         threads=threads,
     )
-
-
-def _read_text(file: Path | None) -> str:
-    if file is None:
-        from importlib.metadata import metadata
-
-        return str(metadata("petswarm").json["description"])
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the text {file}: {error}") from error
 
 
 def measure(
@@ -100,7 +85,6 @@ def measure(
 ) -> Report:
     """Loads the model once for every kind. Raises UsageError if the text has too few tokens."""
     import torch
-    from transformers import AutoTokenizer
 
     from swarm.architectures import num_blocks
     from swarm.checkpoint import open_checkpoint
@@ -112,13 +96,7 @@ def measure(
 
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(model)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, revision=checkpoint.revision)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    if len(ids) < num_tokens:
-        raise UsageError(
-            f"the text has {len(ids)} tokens of the {num_tokens} that are wanted; give another with --text"
-        )
-    ids = ids[:num_tokens]
+    ids = first_tokens(checkpoint, text, num_tokens)
     local = load_local(checkpoint, "float32")
     report = Report(
         "quantization",

@@ -26,6 +26,7 @@ from hivemind.p2p import P2PContext, ServicerBase
 from hivemind.proto import runtime_pb2
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from .codecs import Codec
 from .data_structures import MAX_BLOCKS, PROTOCOL_VERSION, BlockSpan, Fingerprint, Frozen, PeerName
 from .errors import MessageTooLarge, ProtocolError
 
@@ -47,21 +48,13 @@ SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 #: A point in time on its sender's own clock, or a duration, in microseconds: a float of seconds would take more bytes.
 Microseconds = Annotated[int, Field(ge=0, lt=2**63)]
 StepNumber = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=0, le=2**31)]
 
 
 class WorkKind(StrEnum):
     INFERENCE = "inference"
     FORWARD = "forward"
     BACKWARD = "backward"
-
-
-class Codec(StrEnum):
-    """How a tensor travels: as the values of a type, or (`BLOCKWISE8`) compressed; see `swarm.tensors`."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    BLOCKWISE8 = "blockwise8"
 
 
 class Compact(Frozen):
@@ -80,7 +73,7 @@ class Compact(Frozen):
 class TensorMeta(Compact):
     """How the bytes that follow a message become a tensor: [tokens, hidden_size]."""
 
-    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=4)]
+    shape: tuple[Size, Size]
     codec: Codec
 
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from swarm.codecs import Codec
 from swarm.data_structures import ServerState
 from swarm.errors import (
     BadSpan,
@@ -21,7 +22,7 @@ from swarm.errors import (
     SessionLost,
     SessionTooLong,
 )
-from swarm.protocol import Codec, SessionOpened
+from swarm.protocol import SessionOpened
 
 FAULTS = [
     PeerUnreachable("gone"),

@@ -5,9 +5,10 @@ import torch
 
 from swarm.client.config import ClientConfig
 from swarm.client.links import MAX_UPLOADS, Links
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.errors import PeerUnreachable
-from swarm.protocol import Codec, RowSlice
+from swarm.protocol import RowSlice
 
 SLOW, FAST = 1e5, 1e9
 

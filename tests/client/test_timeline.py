@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from swarm.client.block_client import SpanOutput
 from swarm.client.history import Step
 from swarm.client.timeline import MAX_STEPS, SECOND, Timeline
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import EngineError
-from swarm.protocol import Codec, RowSlice, StepResult, TensorMeta
+from swarm.protocol import RowSlice, StepResult, TensorMeta
 from swarm.routing.chain import ChainLink
 
 PARTS = ("network", "queued", "computed", "codec", "other")

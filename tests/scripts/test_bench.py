@@ -18,6 +18,7 @@ from swarm.scripts.bench_links import LINKS, LinkRun, add_results
 from swarm.scripts.bench_prefill import WARM_UP_GAPS, split_gaps
 from swarm.scripts.bench_processes import ChildProcess, peak_memory
 from swarm.scripts.bench_report import Report
+from swarm.scripts.bench_wire import cuts as where_cut
 
 
 def run(*args: str) -> int:
@@ -271,3 +272,36 @@ def test_a_child_that_fails_is_quoted(tmp_path: Path) -> None:
         child.wait_for("DONE")
     with pytest.raises(SwarmError, match="has ended"):
         peak_memory(child.pid)
+
+
+def test_wire(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    file, text = tmp_path / "wire.json", tmp_path / "text"
+    text.write_text(" ".join(f"w{4 + number * 7 % 250}" for number in range(300)))
+    arguments = ["--model", str(tiny_chat_folder), "--text", str(text), "--tokens", "300", "--runs", "2"]
+    assert run("wire", *arguments, "--prompt-tokens", "8", "--json", str(file)) == 0
+    results, found = read(file, "wire", runs=2)
+    medians = {name: result["median"] for name, result in results.items()}
+    for cuts in ("1 cut", "2 cuts", "3 cuts", "3 servers and a client"):
+        assert medians[f"float32, {cuts}: agreement"] == 1.0
+        assert medians[f"float32, {cuts}: change of perplexity"] == 0.0
+        for codec, lowest in (("float16", 0.98), ("blockwise8", 0.85)):  # hidden states of 64 random values are few
+            assert lowest <= medians[f"{codec}, {cuts}: agreement"] <= 1.0
+            assert 0 < abs(medians[f"{codec}, {cuts}: change of perplexity"]) < 5
+    # It is not the same for any number of cuts, nor for any codec.
+    changes = {medians[f"blockwise8, {cuts}: change of perplexity"] for cuts in ("1 cut", "2 cuts", "3 cuts")}
+    assert len(changes) == 3
+    assert medians["float32: bytes of a row"] - medians["float16: bytes of a row"] == pytest.approx(2 * 64, abs=2)
+    ratio = found["ratios"]["blockwise8 with framing / bare float16: bytes of a row of 4,096"]
+    assert ratio == medians["blockwise8: bytes of a row of 4,096"] / 8192
+    for work in ("encode a row", "decode a row", "encode 8 rows", "decode 8 rows"):
+        assert medians[f"blockwise8: {work}"] > 0
+
+
+def test_where_chains_are_cut() -> None:
+    assert where_cut(30) == {
+        "1 cut": [15],
+        "2 cuts": [10, 20],
+        "3 cuts": [7, 15, 22],
+        "3 servers and a client": [0, 10, 20, 30],
+    }
+    assert where_cut(2)["3 cuts"] == [1]

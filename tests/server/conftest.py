@@ -16,19 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.errors import PeerUnreachable, SwarmError
 from swarm.node import Node, NodeConfig
-from swarm.protocol import (
-    Codec,
-    ErrorReply,
-    Message,
-    OpenSession,
-    RowSlice,
-    SessionOpened,
-    StepRequest,
-    StepResult,
-)
+from swarm.protocol import ErrorReply, Message, OpenSession, RowSlice, SessionOpened, StepRequest, StepResult
 from swarm.rpc import FrameStream, open_stream
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine

@@ -18,6 +18,7 @@ import torch
 from hivemind.p2p import P2PHandlerError, PeerID
 from hivemind.proto import runtime_pb2
 
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import (
     BadSpan,
@@ -37,7 +38,6 @@ from swarm.protocol import (
     MAX_PAYLOAD_BYTES,
     BlockProtocol,
     CloseSession,
-    Codec,
     ErrorReply,
     Message,
     Moving,
@@ -176,13 +176,12 @@ async def test_a_second_session_on_a_stream_is_refused(world: World) -> None:
     await client.step()
 
 
-def hidden(*shape: int) -> TensorMeta:
-    return TensorMeta(shape=shape, codec=Codec.FLOAT32)
+def hidden(tokens: int, hidden_size: int) -> TensorMeta:
+    return TensorMeta(shape=(tokens, hidden_size), codec=Codec.FLOAT32)
 
 
 BAD_STEPS: dict[str, tuple[dict[str, Any], bytes, type[SwarmError], str]] = {
     "width": ({"hidden": hidden(1, 32)}, bytes(128), ProtocolError, "shape [1, 32]; this model takes [tokens, 64]"),
-    "dimensions": ({"hidden": hidden(64)}, bytes(256), ProtocolError, "shape [64]"),
     "tokens": ({"hidden": hidden(2, 64)}, bytes(512), ProtocolError, "for 2 tokens, but the rows list 1"),
     "too few bytes": ({}, bytes(252), ProtocolError, "takes 256 bytes, but 252 arrived"),
     "too many bytes": ({}, bytes(260), ProtocolError, "takes 256 bytes, but 260 arrived"),

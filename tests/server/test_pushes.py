@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 import torch
 
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import (
     MessageTooLarge,
@@ -28,7 +29,6 @@ from swarm.protocol import (
     MAX_PAYLOAD_BYTES,
     PUSH_STREAM,
     CloseSession,
-    Codec,
     ErrorReply,
     Message,
     Moving,
@@ -410,8 +410,8 @@ async def test_junk_ends_a_push_stream_and_no_session(world: World, begun: bool,
     await assert_as_it_was(client)
 
 
-def hidden(*shape: int) -> TensorMeta:
-    return TensorMeta(shape=shape, codec=Codec.FLOAT32)
+def hidden(tokens: int, hidden_size: int) -> TensorMeta:
+    return TensorMeta(shape=(tokens, hidden_size), codec=Codec.FLOAT32)
 
 
 BAD_STEPS: dict[str, tuple[dict[str, Any], bytes, type[SwarmError], str]] = {

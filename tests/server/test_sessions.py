@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import CacheFull, NotSupported, PeerRefused, ProtocolError, SessionLost, SessionTooLong, SwarmError
-from swarm.protocol import Codec, NextServer, OpenSession, Reorder, RowSlice, StepRequest, TensorMeta, WorkKind
+from swarm.protocol import NextServer, OpenSession, Reorder, RowSlice, StepRequest, TensorMeta, WorkKind
 from swarm.server.kv_cache import KVCache
 from swarm.server.sessions import Session, SessionTable
 
@@ -54,7 +55,7 @@ def request(session_id: str = "ab" * 16, num_rows: int = 2, max_length: int = 20
     )
 
 
-def step(*rows: tuple[int, int, int], shape: tuple[int, ...] | None = None, **fields: Any) -> StepRequest:
+def step(*rows: tuple[int, int, int], shape: tuple[int, int] | None = None, **fields: Any) -> StepRequest:
     shape = shape or (sum(num_tokens for _, _, num_tokens in rows), HIDDEN_SIZE)
     return StepRequest(
         step=1,
@@ -138,8 +139,6 @@ def test_steps_that_fit(session: Session, rows: list[tuple[int, int, int]]) -> N
     ("bad", "error", "text"),
     [
         (step((0, 5, 1), shape=(1, 32)), ProtocolError, r"shape \[1, 32\]; this model takes \[tokens, 64\]"),
-        (step((0, 5, 1), shape=(64,)), ProtocolError, r"shape \[64\]"),
-        (step((0, 5, 1), shape=(1, 1, 64)), ProtocolError, r"shape \[1, 1, 64\]"),
         (step((0, 5, 1), shape=(2, 64)), ProtocolError, "hidden states for 2 tokens, but the rows list 1"),
         (step((0, 5, 1), (0, 6, 1)), ProtocolError, "lists a row twice"),
         (step((2, 0, 1)), ProtocolError, "row 2 of a session with 2 rows"),
