@@ -241,6 +241,23 @@ def test_a_cancelled_request_takes_no_token() -> None:
     assert in_virtual_time(main) == pytest.approx(1.0, abs=TIMER)
 
 
+def test_a_newcomer_takes_no_token_that_another_waits_for() -> None:
+    async def main() -> None:
+        now = 0.0
+        quotas = PeerQuotas(QuotaLimits(requests_per_second=1.0, request_burst=1), lambda: now)
+        await quotas.request("peer")
+        early = asyncio.create_task(quotas.request("peer"))
+        await asyncio.sleep(0)
+        now = 1.0  # its token is there, but its timer did not run yet
+        late = asyncio.create_task(quotas.request("peer"))
+        await early
+        assert not late.done()
+        now = 2.0
+        await late
+
+    in_virtual_time(main)
+
+
 def test_the_rate_is_reached() -> None:
     """Also where tokens come faster than timers are."""
     limits = QuotaLimits(requests_per_second=5_000.0, request_burst=100)
