@@ -98,6 +98,9 @@ def run_server(
     ] = None,
     announce_period: Annotated[float, typer.Option(min=0.5, help="Seconds between announcements.")] = 20.0,
     session_idle_limit: Annotated[float, typer.Option(min=1, help="Seconds until an idle session is closed.")] = 600.0,
+    max_sessions_per_peer: Annotated[
+        int, typer.Option(min=1, help="Sessions that one peer may have open at once; it is refused more.")
+    ] = 256,
     drain_time: Annotated[float, typer.Option(min=0.1, help="Seconds that sessions have to move on SIGTERM.")] = 15.0,
     stop_with_stdin: Annotated[
         bool,
@@ -145,6 +148,7 @@ def run_server(
             threads=threads,
             announce_period=announce_period,
             session_idle_limit=session_idle_limit,
+            max_sessions_per_peer=max_sessions_per_peer,
             drain_time=drain_time,
         )
     except ValidationError as error:

@@ -18,6 +18,7 @@ from pydantic import (
 from swarm.data_structures import BlockSpan
 
 from .eviction import EvictionLimits
+from .quotas import QuotaLimits
 
 DTypeSetting = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
@@ -39,6 +40,9 @@ def _read_size(value: Any, read: ValidatorFunctionWrapHandler) -> ByteSize:
     if size < 1:
         raise ValueError("must be more than nothing")
     return size
+
+
+MemorySize = Annotated[ByteSize, WrapValidator(_read_size)]
 
 
 class ServerConfig(BaseModel):
@@ -70,7 +74,7 @@ class ServerConfig(BaseModel):
     quantization: QuantizationSetting = "auto"
     """Of the linear layers' weights, by bitsandbytes as they load. "auto": NF4 on CUDA, none on a CPU."""
 
-    max_memory: Annotated[ByteSize, WrapValidator(_read_size)] | None = None
+    max_memory: MemorySize | None = None
     """Bytes of the device's memory for blocks, KV cache and activations together, as a number or "8GB", "512MiB".
     On a CPU, Python and its libraries take about half a gigabyte besides. None: what is free."""
 
@@ -128,8 +132,35 @@ class ServerConfig(BaseModel):
     session_idle_limit: Seconds = 600.0
     """A session without a step for this long is closed."""
 
+    max_sessions_per_peer: Annotated[int, Field(ge=1, le=2**20)] = QuotaLimits.max_sessions
+    """Sessions that one peer may have open at once; it is refused more."""
+
+    max_streams_per_peer: Annotated[int, Field(ge=1, le=2**20)] = QuotaLimits.max_streams
+    """Streams that one peer may have open at once: one for each session, besides those that it pushes over."""
+
+    max_bytes_in_flight_per_peer: MemorySize = ByteSize(QuotaLimits.max_bytes_in_flight)
+    """Bytes of one peer's tensors that are read, computed on or waiting to be sent back, as a number or "128MiB".
+    What goes beyond is not read until there is room."""
+
+    requests_per_second_per_peer: Annotated[float, Field(gt=0, le=1e9)] = QuotaLimits.requests_per_second
+    """Requests that one peer may make in a second, in the long run; more are read later."""
+
+    request_burst_per_peer: Annotated[int, Field(ge=1, le=10**9)] = QuotaLimits.request_burst
+    """Requests that one peer may make at once after a pause."""
+
     drain_time: Seconds = 15.0
     """On SIGTERM: how long running sessions have to move elsewhere."""
 
     step_timeout: Seconds = 120.0
     """Longest that a step may wait for the device and run."""
+
+    @property
+    def quota_limits(self) -> QuotaLimits:
+        """What each peer may take."""
+        return QuotaLimits(
+            max_sessions=self.max_sessions_per_peer,
+            max_streams=self.max_streams_per_peer,
+            max_bytes_in_flight=self.max_bytes_in_flight_per_peer,
+            requests_per_second=self.requests_per_second_per_peer,
+            request_burst=self.request_burst_per_peer,
+        )

@@ -18,6 +18,7 @@ SwarmError
 │   ├── PeerRefused         it would not serve this request
 │   └── SessionLost         it no longer holds this session
 ├── CacheFull               the server's cache has no room for the session
+├── QuotaExceeded           this peer holds as much of the server as one peer may; others may do
 ├── SessionTooLong          a session would grow beyond its max_length
 ├── ProtocolError           a message that breaks the protocol: shape, dtype, position, owner, size
 │   └── MessageTooLarge     a message over the limit
@@ -110,6 +111,11 @@ class CacheFull(SwarmError):
         self.tokens_left = tokens_left
 
 
+class QuotaExceeded(SwarmError):
+    """This peer holds as many sessions or streams of the server as one peer may. No fault of the server: go elsewhere,
+    or come back with less."""
+
+
 class SessionTooLong(SwarmError):
     """A session would grow beyond its max_length."""
 
@@ -138,6 +144,7 @@ _WIRE_ERRORS: dict[str, type[SwarmError]] = {
         PeerRefused,
         SessionLost,
         CacheFull,
+        QuotaExceeded,
         SessionTooLong,
         ProtocolError,
         MessageTooLarge,

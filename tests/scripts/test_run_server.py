@@ -26,7 +26,10 @@ from swarm.dht import Directory
 from swarm.node import Node, NodeConfig, NodeThread
 from swarm.records import write_record
 from swarm.rpc import server_info
+from swarm.scripts import run_server, serving
 from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm
+from swarm.server.config import ServerConfig
+from swarm.server.quotas import QuotaLimits
 from swarm.server.sizing import block_size
 
 BIN = Path(sys.executable).parent
@@ -322,3 +325,15 @@ async def test_which_address_is_handed_out(addresses: list[str], best: str, monk
         assert await node.ready_address() == f"{best}/p2p/{PEER_ID}"
     finally:
         await node.stop()
+
+
+@pytest.mark.parametrize(
+    ("flags", "limits"),
+    [({}, QuotaLimits()), ({"max_sessions_per_peer": 3}, QuotaLimits(max_sessions=3))],
+)
+def test_what_one_peer_may_take(monkeypatch: pytest.MonkeyPatch, flags: dict[str, int], limits: QuotaLimits) -> None:
+    configs: list[ServerConfig] = []
+    monkeypatch.setattr(serving, "run_until_stopped", lambda serve, watch: serve())
+    monkeypatch.setattr(run_server, "_serve", configs.append)
+    run_server.run_server("model", new_swarm=True, **flags)
+    assert [config.quota_limits for config in configs] == [limits]
