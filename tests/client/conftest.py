@@ -15,7 +15,7 @@ import torch
 from swarm.client.block_client import SpanOutput, SwarmBlockClient
 from swarm.client.config import ClientConfig
 from swarm.client.inference_session import InferenceSession
-from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.data_structures import BlockSpan, ModelInfo, OpeningAnswer, ServerInfo, ServerState
 from swarm.dht import ServerRecord
 from swarm.errors import CacheFull, PeerUnreachable, ProtocolError, SessionLost, SwarmError, to_wire
 from swarm.node import NodeThread
@@ -245,8 +245,8 @@ class FakeSwarm:
         )
         return FakeConnection(self.thread, router, client, config, num_blocks)
 
-    async def _ping(self, peer_id: str, timeout: float) -> float:
-        return 0.001
+    async def _ping(self, peer_id: str, timeout: float, opening_key: str | None) -> tuple[float, OpeningAnswer]:
+        return 0.001, OpeningAnswer(info=_record(self.servers[peer_id]).info)
 
     async def open(self, link, *, num_rows, max_length):  # type: ignore[no-untyped-def]
         return self.servers[link.peer_id].open(link.span, num_rows, max_length)

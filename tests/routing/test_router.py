@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from swarm.client.config import ClientConfig
-from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.data_structures import BlockSpan, ModelInfo, OpeningAnswer, ServerInfo, ServerState
 from swarm.dht import ServerRecord
 from swarm.errors import BadSpan, CacheFull, MissingBlocks, ModelNotServed, NetworkError, PeerTimeout
 from swarm.routing.router import MAX_PINGS, Router, RouterConfig
@@ -54,29 +54,44 @@ class FakeDirectory:
 
 
 class FakePing:
-    def __init__(self):
+    """Servers that answer with the record that the directory shows, or with what a test puts into `infos`."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.infos = {}
+        self.lines = {}
         self.round_trips = {}
         self.dead = set()
-        self.asked = []
+        self.asked = []  # those that answered before
+        self.connected = set()
         self.running = self.most_running = 0
 
-    async def __call__(self, peer_id, timeout):
+    async def __call__(self, peer_id, timeout, opening_key):
         assert timeout == 3.0
-        self.asked.append(peer_id)
+        if peer_id in self.connected:
+            self.asked.append(peer_id)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         await asyncio.sleep(0)
         self.running -= 1
         if peer_id in self.dead:
             raise PeerTimeout("it did not answer")
-        return self.round_trips.get(peer_id, 0.05)
+        if peer_id not in self.connected:
+            self.connected.add(peer_id)
+            return 9.0, OpeningAnswer(info=self.info(peer_id))  # connecting takes long
+        line = {} if opening_key is None else self.lines.get(peer_id, {})
+        return self.round_trips.get(peer_id, 0.05), OpeningAnswer(info=self.info(peer_id), **line)
+
+    def info(self, peer_id):
+        announced = {record.peer_id: record.info for record in self.directory.records}
+        return self.infos.get(peer_id) or announced[peer_id]
 
 
 class World:
     def __init__(self, records=(), models=(), num_blocks=30, **settings):
         self.clock = Clock()
         self.directory = FakeDirectory(records, models)
-        self.ping = FakePing()
+        self.ping = FakePing(self.directory)
         self.router = Router(
             self.directory,
             self.ping,
@@ -106,7 +121,7 @@ def test_the_settings_are_those_of_the_client():
 async def test_a_chain_is_found_from_the_records():
     world = World(THREE)
     assert await world.route() == [("A", "0:10"), ("B", "10:20"), ("C", "20:30")]
-    assert sorted(world.ping.asked) == ["A", "C"]
+    assert sorted(world.ping.asked) == ["A", "B", "C"]
 
 
 async def test_a_model_that_nobody_serves_is_known_at_once():
@@ -232,10 +247,10 @@ async def test_a_server_that_does_not_answer_is_left_out_for_a_while():
 async def test_round_trips_of_servers_that_left_are_forgotten():
     world = World(THREE)
     await world.route()
-    assert set(world.router.snapshot().pings) == {"A", "C"}
+    assert set(world.router.snapshot().pings) == {"A", "B", "C"}
     world.directory.records = THREE[:2]
     await world.router.refresh(force=True)
-    assert set(world.router.snapshot().pings) == {"A"}
+    assert set(world.router.snapshot().pings) == {"A", "B"}
 
 
 async def test_a_failed_server_is_replaced_by_spares():
