@@ -72,6 +72,14 @@ class Edges:
                 row[at] = nanoseconds(round_trip / 2)
         return row
 
+    def noise_of_client(self, noise: Mapping[str, float]) -> Integers:
+        """By how much `of_client` may be wrong."""
+        row = np.zeros(len(self._infos), dtype=np.int64)
+        for peer_id, seconds in noise.items():
+            if (at := self._index.get(peer_id)) is not None:
+                row[at] = nanoseconds(seconds / 2)
+        return row
+
     def _unknown(self) -> Integers:
         return np.full(len(self._infos), nanoseconds(UNKNOWN_ROUND_TRIP / 2))
 

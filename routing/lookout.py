@@ -37,7 +37,7 @@ class Lookout:
         self._snapshot = Snapshot.build(num_blocks, (), {}, -math.inf)
 
     def snapshot(self) -> Snapshot:
-        return self._snapshot.with_pings(self._pings.round_trips())
+        return self._snapshot.with_pings(self._pings.round_trips(), self._pings.noises())
 
     def take(self, records: Sequence[ServerRecord]) -> None:
         """These are the servers now; whoever is not among them has left."""
@@ -61,15 +61,17 @@ class Lookout:
         """Ask these servers how they are, all at once."""
         await self._ask_all(peer_ids, None)
 
-    async def join_lines(self, peer_ids: Sequence[str]) -> int:
+    async def join_lines(self, peer_ids: Collection[str]) -> int:
         """The same of somebody who is about to open a session: how many others stand before him in the line.
 
-        That of the first of `peer_ids` that answers. Who opened a session at any of them by now does not count.
+        That of the first by peer id of those that answer, so that all clients count by the same one. Who opened a
+        session at any of them by now does not count.
         """
         answers = await self._ask_all(peer_ids, secrets.token_hex(8))
-        lines = [answers[peer_id] for peer_id in peer_ids if peer_id in answers]
-        opened = {key for answer in lines for key in answer.opened}
-        return len(set(lines[0].before) - opened) if lines else 0
+        if not answers:
+            return 0
+        opened = {key for answer in answers.values() for key in answer.opened}
+        return len(set(answers[min(answers)].before) - opened)
 
     async def _ask_all(self, peer_ids: Collection[str], opening_key: str | None) -> dict[str, OpeningAnswer]:
         answers = await asyncio.gather(*(self._ask_one(peer_id, opening_key) for peer_id in peer_ids))
@@ -82,6 +84,7 @@ class Lookout:
         try:
             if self._pings.age(peer_id) == math.inf:
                 await self._ask(peer_id, self._timeout, None)  # connects, which takes longer than a round trip
+                self._pings.add(peer_id, (await self._ask(peer_id, self._timeout, None))[0])
             round_trip, answer = await self._ask(peer_id, self._timeout, opening_key)
         except (SwarmError, TimeoutError):
             self._pings.add_failure(peer_id)

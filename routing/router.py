@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 #: Servers asked for one search: enough to meet a near one among replicas, few enough to cost no server much.
 MAX_PINGS = 8
 
-#: Seconds for which an answer shows the present load.
-FRESH = 1.0
-
 #: Seconds after which a chosen chain shows in what its servers say about themselves, if it was opened at all.
 OPENING_TIME = 3.0
 
@@ -108,6 +105,7 @@ class Router:
         self._reading = asyncio.Lock()
         self._choosing = asyncio.Lock()
         self._chosen: list[tuple[float, Chain]] = []  # when, and what
+        self._num_before = 0  # others in the line when it was joined last
         self._background: dict[str, asyncio.Task[None]] = {}
 
     def snapshot(self) -> Snapshot:
@@ -229,14 +227,17 @@ class Router:
 
     async def _choose(self, make_wanted: Callable[[], Wanted]) -> Chain | None:
         """One search at a time: the next one knows what this one chose."""
+        began = self._clock()
         async with self._choosing:
-            num_before = await self._lookout.join_lines(self._whom_to_ask(make_wanted()))
+            # what another search asked while this one waited for it is news for both
+            if asked := self._whom_to_ask(make_wanted(), began):
+                self._num_before = await self._lookout.join_lines(asked)
             # the answers may have shown servers to be unreachable, and others may have been banned meanwhile
-            return self._share(make_wanted(), num_before=num_before)
+            return self._share(make_wanted(), num_before=self._num_before)
 
     def _choose_at_once(self, wanted: Wanted) -> Chain | None:
         # the next search shall know more
-        self._in_background("ask", lambda: self._lookout.ask(self._whom_to_ask(wanted)))
+        self._in_background("ask", lambda: self._lookout.ask(self._whom_to_ask(wanted, self._clock())))
         return self._share(wanted, rng=self._rng)
 
     def _share(self, wanted: Wanted, *, num_before: int = 0, rng: random.Random | None = None) -> Chain | None:
@@ -245,17 +246,17 @@ class Router:
             self._chosen.append((self._clock(), chain))
         return chain
 
-    def _whom_to_ask(self, wanted: Wanted) -> list[str]:
-        """Up to MAX_PINGS servers whose load is not known at present: those in question first, by peer id.
+    def _whom_to_ask(self, wanted: Wanted, since: float) -> list[str]:
+        """Up to MAX_PINGS servers that did not say how they are since then: those in question first.
 
         Then others that may begin or end a chain, and of these first those whose distance is not known.
         """
         snapshot, lookout = self.snapshot(), self._lookout
-        asked = [peer_id for peer_id in servers_in_question(snapshot, wanted) if lookout.age(peer_id) >= FRESH]
+        asked = [peer_id for peer_id in servers_in_question(snapshot, wanted) if lookout.answered_at(peer_id) < since]
         if len(asked) > MAX_PINGS:  # many clients shall not all know the same few
-            asked = sorted(self._rng.sample(asked, MAX_PINGS))
-        usable = usable_peers(snapshot, wanted, (wanted.span.start, wanted.span.end - 1))
-        others = sorted(peer_id for peer_id in usable.difference(asked) if lookout.age(peer_id) >= FRESH)
+            asked = self._rng.sample(asked, MAX_PINGS)
+        ends = usable_peers(snapshot, wanted, (wanted.span.start, wanted.span.end - 1)).difference(asked)
+        others = sorted(peer_id for peer_id in ends if lookout.answered_at(peer_id) < since)
         self._rng.shuffle(others)
         others.sort(key=lambda peer_id: lookout.age(peer_id) < self._config.update_period)
         return asked + others[: MAX_PINGS - len(asked)]

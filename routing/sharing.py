@@ -6,8 +6,9 @@ many stand before him. Each is assumed to decide like himself: he makes their ch
 row to the load of every server so chosen, and then makes his own. Equal replicas are so filled evenly whether clients
 come one after another (then the servers' own figures show it), all at once (then the line does), or in between.
 
-Measured times differ a little from client to client. Lest that decides, servers that are about as fast count as equal,
-and the one with the fewest rows of sessions is taken, the first by peer id among those.
+Measured times differ a little from client to client. Lest that decides, servers that are about as fast, or cannot be
+told apart by round trips as noisy as theirs, count as equal, and the one with the fewest rows of sessions is taken, the
+first by peer id among those.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from .chain import Chain, Wanted, edges_to, fastest_chain, usable_servers
 from .snapshot import Snapshot
 from .units import Integers, nanoseconds
 
-#: Chains that take this share and so many seconds longer than the fastest one are about as fast: round trips are noisy.
-ALIKE = 0.1
-ALIKE_TIME = 0.002
+#: Chains that take this share longer than the fastest one are about as fast, and so are those that take a millisecond
+#: longer: speeds are measured no better.
+ALIKE = 0.05
+ALIKE_TIME = 0.001
 
 #: Choices of others that are made before one's own, at most.
 MAX_BEFORE = 32
@@ -81,7 +83,7 @@ def _choose(
             best = rng.randrange(len(positions))
         else:
             best = min(range(len(positions)), key=list(zip(held, peer_ids, strict=True)).__getitem__)
-        slack -= int(longer[best])
+        slack -= max(0, int(longer[best]))
         links[number] = replace(link, peer_id=peer_ids[best])
     return tuple(links)
 
@@ -93,6 +95,9 @@ class _Ways:
         self.table = snapshot.table.with_extra_rows(extra_rows).with_short_caches(wanted.cache_tokens)
         self._usable = usable_servers(snapshot, wanted)
         self._first, self._last = edges_to(snapshot, wanted.source), edges_to(snapshot, wanted.sink)
+        noise = self.table.edges.noise_of_client(snapshot.ping_noise)
+        self._noise_first = noise if wanted.source is None else np.zeros_like(noise)
+        self._noise_last = noise if wanted.sink is None else np.zeros_like(noise)
 
     def slack(self, chain: Chain) -> int:
         """How many nanoseconds longer a chain may take that is about as fast."""
@@ -105,18 +110,24 @@ class _Ways:
     def replacements(self, chain: Chain, number: int, slack: int) -> tuple[Integers, Integers]:
         """Servers that can take the place of link `number` for at most `slack` nanoseconds, itself included.
 
-        Their positions in the table, and how many nanoseconds longer the chain takes with each of them.
+        Their positions in the table, and how many nanoseconds longer the chain takes with each of them; of what the
+        client's round trips differ, only what is beyond their noise counts.
         """
-        table, link = self.table, chain[number]
+        table, link, is_last = self.table, chain[number], number == len(chain) - 1
         at = [table.index[other.peer_id] for other in chain]
         before = self._first if number == 0 else table.edges.of_server(at[number - 1])
-        after = self._last if number == len(chain) - 1 else table.edges.of_server(at[number + 1])
-        time = before + table.entry + len(link.span) * table.block + after
-        longer = time - time[at[number]]
+        after = self._last if is_last else table.edges.of_server(at[number + 1])
+        noise = self._noise_first * (number == 0) + self._noise_last * is_last
+        network = _beyond(before + after - (before + after)[at[number]], noise + noise[at[number]])
+        inside = table.entry + len(link.span) * table.block
+        longer = network + inside - inside[at[number]]
         fit = self._usable & (table.start <= link.span.start) & (table.end >= link.span.end) & (longer <= slack)
         fit[at] = False  # a server that comes twice would need room for two
         fit[at[number]] = True
-        positions = np.array(
-            [spare for spare in np.flatnonzero(fit).tolist() if table.infos[spare].numerics == link.numerics]
-        )
-        return positions, longer[positions]
+        positions = [spare for spare in np.flatnonzero(fit).tolist() if table.infos[spare].numerics == link.numerics]
+        return np.array(positions), longer[positions]
+
+
+def _beyond(differences: Integers, noise: Integers) -> Integers:
+    """What is left of differences when so much of them is chance."""
+    return np.sign(differences) * np.maximum(np.abs(differences) - noise, 0)

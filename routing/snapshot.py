@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ class Snapshot:
     num_blocks: blocks of the whole model.
     servers: at most one record per peer, in any state, sorted by span and peer id.
     pings: seconds of round trip from this peer to others, by peer id; `math.inf` for one that does not answer.
+    ping_noise: by how many seconds these vary.
     taken_at: seconds on the clock of whoever built it.
     """
 
@@ -30,6 +31,7 @@ class Snapshot:
     servers: tuple[ServerRecord, ...]
     pings: Mapping[str, float]
     taken_at: float
+    ping_noise: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -48,9 +50,9 @@ class Snapshot:
         servers = sorted(latest.values(), key=_order)
         return cls(num_blocks, tuple(servers), MappingProxyType(dict(pings)), taken_at)
 
-    def with_pings(self, pings: Mapping[str, float]) -> Snapshot:
+    def with_pings(self, pings: Mapping[str, float], noise: Mapping[str, float]) -> Snapshot:
         """The same servers, all pings anew."""
-        later = replace(self, pings=MappingProxyType(dict(pings)))
+        later = replace(self, pings=MappingProxyType(dict(pings)), ping_noise=MappingProxyType(dict(noise)))
         later.__dict__["table"] = self.table  # the cached property's value
         return later
 

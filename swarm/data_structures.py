@@ -89,7 +89,7 @@ MAX_NEXT_PINGS = 64
 #: What somebody who is about to open a session calls himself while he chooses a server: random, and new each time.
 OpeningKey = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 #: Most of them that a server remembers at a time.
-MAX_OPENINGS = 64
+MAX_OPENINGS = 256
 
 
 def _printable(text: str) -> str:
@@ -154,8 +154,9 @@ class ServerInfo(Frozen):
 class OpeningAnswer(Frozen):
     """What a server answers to somebody who is about to open a session, see `swarm.rpc.timed_info`.
 
-    before: who asked before him and has not opened a session here since, first come first. opened: who asked lately and
-    did. A client takes `before` from one server and `opened` from all that he asked: so he knows who still chooses.
+    before: what others called themselves who asked before him and have not opened a session here since, first come
+    first. opened: the same of those who asked lately and have. A client takes `before` from one server and `opened`
+    from all that he asked: so he knows who still chooses.
     """
 
     info: ServerInfo
