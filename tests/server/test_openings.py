@@ -1,9 +1,14 @@
 """The line of those who are about to open a session."""
 
-import pytest
+from types import SimpleNamespace
 
-from swarm.data_structures import MAX_OPENINGS, BlockSpan, ServerInfo, ServerState
-from swarm.protocol import OPENING_QUESTION
+import pytest
+from hivemind.proto import runtime_pb2
+
+from swarm.data_structures import MAX_OPENINGS, BlockSpan, OpeningAnswer, ServerInfo, ServerState
+from swarm.errors import PeerRefused
+from swarm.protocol import OPENING_QUESTION, OpenSession
+from swarm.server.handler import Handler
 from swarm.server.openings import MAX_PER_PEER, PATIENCE, Openings
 
 INFO = ServerInfo(
@@ -103,3 +108,33 @@ def test_the_line_is_bounded(line):
 def test_any_other_question_is_answered_with_the_info_alone(line, question):
     assert line.answer(question, "A", INFO) is INFO
     assert ask(line, "B", 1) == ([], [])
+
+
+async def test_the_handler_keeps_the_line():
+    fingerprint = "a" * 64
+    handler = Handler(
+        SimpleNamespace(span=SimpleNamespace(blocks=INFO.span)),
+        SimpleNamespace(open=lambda request, peer_id: "session"),
+        fingerprint=fingerprint,
+        info=lambda: INFO,
+        idle_limit=1.0,
+        step_timeout=1.0,
+    )
+
+    async def ask(peer, number):
+        question = runtime_pb2.ExpertUID(uid=OPENING_QUESTION + key(number))
+        response = await handler.rpc_info(question, SimpleNamespace(remote_id=peer))
+        return OpeningAnswer.model_validate_json(response.serialized_info)
+
+    def open_session(peer, weights):
+        request = OpenSession(session_id="0" * 32, fingerprint=weights, span=INFO.span, num_rows=1, max_length=8)
+        return handler.open_session(request, peer)
+
+    await ask("A", 1)
+    await ask("B", 2)
+    with pytest.raises(PeerRefused):
+        open_session("B", "b" * 64)
+    assert open_session("A", fingerprint) == "session"
+    assert await ask("C", 3) == OpeningAnswer(info=INFO, before=(key(2),), opened=(key(1),))
+    plain = await handler.rpc_info(runtime_pb2.ExpertUID(), SimpleNamespace(remote_id="C"))
+    assert ServerInfo.model_validate_json(plain.serialized_info) == INFO
