@@ -28,7 +28,9 @@ class World:
         self.asked = []
         self.records = records
         model = ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12)
-        self.announcer = Announcer(SimpleNamespace(p2p=None, peer_id="me"), model, lambda: info(0, 4), 20.0)
+        self.announcer = Announcer(
+            SimpleNamespace(p2p=None, peer_id="me", complaints=None), model, lambda: info(0, 4), 20.0
+        )
         self.announcer._directory = SimpleNamespace(servers=self.servers)
         self.announcer._upload_after = float("inf")
         monkeypatch.setattr("swarm.server.announcer.ping", self.ping)
