@@ -24,7 +24,7 @@ from swarm.node import NodeConfig, NodeThread
 from swarm.protocol import explain
 from swarm.quiet import quiet_loading
 from swarm.routing.router import Router, RouterConfig
-from swarm.rpc import ping, upload_rate
+from swarm.rpc import timed_info, upload_rate
 from swarm.tensors import DTYPES
 
 from .block_client import SwarmBlockClient
@@ -54,7 +54,7 @@ class SwarmConnection:
             node = self.thread.node
             self.router = Router(
                 directory=Directory(node),
-                ping=lambda peer_id, timeout: ping(node.p2p, peer_id, timeout),
+                ask=lambda peer_id, timeout, opening_key: timed_info(node.p2p, peer_id, timeout, opening_key),
                 fingerprint=fingerprint,
                 num_blocks=self.num_blocks,
                 model_name=checkpoint.name,

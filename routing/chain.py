@@ -1,27 +1,26 @@
-"""The fastest chain of servers through a span of blocks: a pure search over a snapshot."""
+"""The fastest chain of servers through a span of blocks: a pure decision over a snapshot."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from heapq import nsmallest
-from typing import TYPE_CHECKING, TypeAlias
+from types import MappingProxyType
+from typing import TypeAlias
 
-from swarm.data_structures import BlockSpan, ServerState
+import numpy as np
 
-from .cost import HOP_TIME, edge_time, server_edge_time, span_time
+from swarm.data_structures import BlockSpan
+
+from .beam import search
+from .cost import cache_factor, edge_time, entry_time, span_time
 from .snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from swarm.dht import ServerRecord
+from .table import ServerTable
+from .units import Booleans, Integers
 
 #: Partial chains per block boundary that may go on to another server. Exact where no block has more holders.
 BEAM_SIZE = 16
-
-#: Seconds below which two predicted times are equal.
-_NOISE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -36,42 +35,25 @@ class ChainLink:
 Chain: TypeAlias = tuple[ChainLink, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Partial:
-    """The best known chain up to some boundary that ends in `server`, entered at block `entered`."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a chain has to be.
 
-    time: float
-    num_links: int
-    server: ServerRecord
-    entered: int
-    previous: _Partial | None
+    cache_tokens: room that each of its servers needs, twice as much if it comes twice.
+    numerics: if chains of servers with this tag alone exist, one of them; otherwise any.
+    source, sink: the peers before and after `span`; None is the client.
+    exclude: peers that must not be used. allowed: the only ones that may be; None: all.
+    adapters: every server must announce all of them.
+    """
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """What the search minimises: time, then links. Rounded, lest rounding errors decide between equals."""
-        return round(self.time / _NOISE), self.num_links
-
-    def moved(self, seconds: float) -> _Partial:
-        """The same chain, so many seconds later."""
-        return _Partial(self.time + seconds, self.num_links, self.server, self.entered, self.previous)
-
-    def backwards(self) -> Iterator[_Partial]:
-        """This partial chain, then what it was at each earlier change of servers."""
-        at: _Partial | None = self
-        while at is not None:
-            yield at
-            at = at.previous
-
-    def visits(self, peer_id: str) -> int:
-        return sum(at.server.peer_id == peer_id for at in self.backwards())
-
-    def links(self, end: int) -> Chain:
-        links = []
-        for at in self.backwards():
-            served = BlockSpan(start=at.entered, end=end)
-            links.append(ChainLink(at.server.peer_id, served, at.server.info.numerics))
-            end = at.entered
-        return tuple(reversed(links))
+    span: BlockSpan
+    cache_tokens: int = 0
+    numerics: str | None = None
+    source: str | None = None
+    sink: str | None = None
+    exclude: Collection[str] = frozenset()
+    allowed: Collection[str] | None = None
+    adapters: Collection[str] = frozenset()
 
 
 def find_chain(
@@ -82,6 +64,9 @@ def find_chain(
     numerics: str | None = None,
     source: str | None = None,
     sink: str | None = None,
+    exclude: Collection[str] = frozenset(),
+    allowed: Collection[str] | None = None,
+    adapters: Collection[str] = frozenset(),
     beam_size: int = BEAM_SIZE,
     rng: random.Random | None = None,
 ) -> Chain | None:
@@ -89,94 +74,109 @@ def find_chain(
 
     Spans may overlap in any way: a server is entered and left at any boundary inside its span. The links cover
     `span` exactly and no peer comes twice in a row. None exactly if some block has no server that the client can
-    reach and that has room for `cache_tokens` tokens (for each of its links, if it comes again later in the chain).
+    reach and that is as `Wanted` says (where the other arguments are explained).
 
-    numerics: if chains of servers with this tag alone exist, the best of them; otherwise the best of all.
-    source, sink: the peers before and after `span`; None is the client.
-    beam_size: see `_search`; at least 1.
+    beam_size: see `beam.search`; at least 1.
     rng: chooses among equally fast servers, so that replicas share the load; None: the first in the snapshot's order.
     """
-    servers = [record for record in snapshot.servers if _can_serve(snapshot, record, cache_tokens)]
+    wanted = Wanted(span, cache_tokens, numerics, source, sink, exclude, allowed, adapters)
+    return fastest_chain(snapshot, wanted, beam_size=beam_size, rng=rng)
+
+
+def fastest_chain(
+    snapshot: Snapshot,
+    wanted: Wanted,
+    *,
+    extra_rows: Mapping[str, int] = MappingProxyType({}),
+    beam_size: int = BEAM_SIZE,
+    rng: random.Random | None = None,
+) -> Chain | None:
+    """`find_chain`, as if so many further rows, by peer, were at work."""
+    servers = np.flatnonzero(usable_servers(snapshot, wanted))
     if rng is not None:
-        rng.shuffle(servers)  # of equal ranks the first wins
-    if numerics is not None:
-        alike = [record for record in servers if record.info.numerics == numerics]
-        chain = _search(snapshot, alike, span, cache_tokens, source, sink, beam_size)
+        servers = servers[rng.sample(range(len(servers)), len(servers))]
+    table = snapshot.table.with_extra_rows(extra_rows).with_short_caches(wanted.cache_tokens)
+    if wanted.numerics is not None:
+        alike = servers[_has_numerics(snapshot, wanted.numerics)[servers]]
+        chain = _search(snapshot, table, alike, wanted, beam_size)
         if chain is not None:
             return chain
-    return _search(snapshot, servers, span, cache_tokens, source, sink, beam_size)
+    return _search(snapshot, table, servers, wanted, beam_size)
 
 
-def chain_time(snapshot: Snapshot, chain: Chain, *, source: str | None = None, sink: str | None = None) -> float:
-    """Predicted seconds of one step of one row through `chain`. Raises KeyError for a peer not in the snapshot."""
+def chain_time(
+    snapshot: Snapshot, chain: Chain, *, source: str | None = None, sink: str | None = None, cache_tokens: int = 0
+) -> float:
+    """Predicted seconds of one step of one row through `chain`. Raises KeyError for a peer not in the snapshot.
+
+    cache_tokens: with what servers with a short cache are charged for a session of so many, see `cost.cache_factor`.
+    """
     time, at = 0.0, source
     for link in chain:
         record = snapshot.get(link.peer_id)
         if record is None:
             raise KeyError(f"server {link.peer_id} is not in the snapshot")
-        time += edge_time(snapshot, at, link.peer_id) + HOP_TIME + span_time(record.info, len(link.span))
+        info = record.info
+        time += edge_time(snapshot, at, link.peer_id) + entry_time(info)
+        time += span_time(info, len(link.span)) * cache_factor(info, cache_tokens)
         at = link.peer_id
     return time + edge_time(snapshot, at, sink)
 
 
-def _can_serve(snapshot: Snapshot, record: ServerRecord, cache_tokens: int) -> bool:
-    return (
-        record.info.state is ServerState.ONLINE
-        and record.info.cache_tokens_left >= cache_tokens
-        and snapshot.pings.get(record.peer_id) != math.inf
+def usable_servers(snapshot: Snapshot, wanted: Wanted) -> Booleans:
+    """Which servers of the table may be part of such a chain, numerics aside."""
+    table, index = snapshot.table, snapshot.table.index
+    usable = (table.online == 1) & (table.cache_left >= wanted.cache_tokens)
+    if wanted.allowed is not None:
+        usable &= _marked(table, wanted.allowed)
+    for peer_id in wanted.exclude:
+        if peer_id in index:
+            usable[index[peer_id]] = False
+    for peer_id, round_trip in snapshot.pings.items():
+        if round_trip == math.inf and peer_id in index:
+            usable[index[peer_id]] = False
+    if wanted.adapters:
+        usable &= np.array([set(wanted.adapters).issubset(info.adapters) for info in table.infos], dtype=bool)
+    return usable
+
+
+def usable_peers(snapshot: Snapshot, wanted: Wanted, blocks: Collection[int]) -> set[str]:
+    """The peers that may be part of such a chain and hold any of these blocks."""
+    usable = np.flatnonzero(usable_servers(snapshot, wanted))
+    start, end = snapshot.table.start[usable], snapshot.table.end[usable]
+    holders = {int(at) for block in blocks for at in usable[(start <= block) & (block < end)]}
+    return {snapshot.servers[at].peer_id for at in holders}
+
+
+def edges_to(snapshot: Snapshot, peer_id: str | None) -> Integers:
+    """Nanoseconds between each server and this peer; None is the client."""
+    edges = snapshot.table.edges
+    return edges.of_client(snapshot.pings) if peer_id is None else edges.of_peer(peer_id)
+
+
+def _has_numerics(snapshot: Snapshot, numerics: str) -> Booleans:
+    return np.array([info.numerics == numerics for info in snapshot.table.infos], dtype=bool)
+
+
+def _marked(table: ServerTable, peer_ids: Collection[str]) -> Booleans:
+    marked = np.zeros(len(table.infos), dtype=bool)
+    marked[[table.index[peer_id] for peer_id in peer_ids if peer_id in table.index]] = True
+    return marked
+
+
+def _search(snapshot: Snapshot, table: ServerTable, servers: Integers, wanted: Wanted, beam_size: int) -> Chain | None:
+    found = search(
+        table,
+        servers,
+        wanted.span,
+        first=edges_to(snapshot, wanted.source),
+        last=edges_to(snapshot, wanted.sink),
+        cache_tokens=wanted.cache_tokens,
+        beam_size=beam_size,
     )
+    return None if found is None else tuple(link_of(snapshot, server, part) for server, part in found)
 
 
-def _search(
-    snapshot: Snapshot,
-    servers: Sequence[ServerRecord],
-    span: BlockSpan,
-    cache_tokens: int,
-    source: str | None,
-    sink: str | None,
-    beam_size: int,
-) -> Chain | None:
-    """Beam search over block boundaries from left to right (after PETALS, NeurIPS'23).
-
-    What lies before a boundary matters to the rest only through its last server, so one partial chain per last
-    server is kept. Each of them may stay where it is; the `beam_size` best may go on to any other holder of the next
-    block. Since staying is never cut off, a chain is found whenever each block has a holder: a holder that no partial
-    chain stays on was not visited yet, so any partial chain may enter it.
-    """
-    reached: dict[str, _Partial] = {}
-    for block in span.blocks():
-        leaving = nsmallest(beam_size, reached.values(), key=lambda partial: partial.rank)
-        following: dict[str, _Partial] = {}
-        for server in servers:
-            if block not in server.info.span:
-                continue
-            peer_id, block_time = server.peer_id, span_time(server.info, 1)
-            best = reached.get(peer_id)
-            if best is not None:
-                best = best.moved(block_time)
-            elif block == span.start:
-                entry_time = edge_time(snapshot, source, peer_id) + HOP_TIME
-                best = _Partial(entry_time + block_time, 1, server, block, None)
-            # among these may be the chain that stays here; entered anew it is slower by HOP_TIME, and never taken
-            for partial in leaving:
-                time = partial.time + HOP_TIME + block_time
-                if best is not None and time > best.time + _NOISE:
-                    break  # so are those that follow: they are sorted, and no edge takes less than no time
-                time += server_edge_time(partial.server, server)
-                if best is not None and time > best.time + _NOISE:
-                    continue
-                entering = _Partial(time, partial.num_links + 1, server, block, partial)
-                if (best is None or entering.rank < best.rank) and _has_room(entering, cache_tokens):
-                    best = entering
-            if best is not None:
-                following[peer_id] = best
-        reached = following
-    finished = (partial.moved(edge_time(snapshot, peer_id, sink)) for peer_id, partial in reached.items())
-    fastest = min(finished, key=lambda partial: partial.rank, default=None)
-    return None if fastest is None else fastest.links(span.end)
-
-
-def _has_room(partial: _Partial, cache_tokens: int) -> bool:
-    """Whether the last server has cache for all its links in this chain: each reserves its own."""
-    visits = partial.visits(partial.server.peer_id)
-    return visits == 1 or visits * cache_tokens <= partial.server.info.cache_tokens_left
+def link_of(snapshot: Snapshot, server: int, part: BlockSpan) -> ChainLink:
+    record = snapshot.servers[server]
+    return ChainLink(record.peer_id, part, record.info.numerics)

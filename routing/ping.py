@@ -9,11 +9,17 @@ from dataclasses import dataclass
 
 #: Weight of the newest measurement: one slow answer does not turn a chain around, a lasting change does.
 SMOOTHING = 0.3
+#: The same of one below the smoothed value: chance makes answers later, never sooner.
+FALLING = 0.6
+#: Seconds by which round trips vary at least: the answer of a process that has something else to do comes later.
+LEAST_NOISE = 0.004
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
     round_trip: float
+    noise: float
+    first: bool  # it rests on one measurement
     at: float
 
 
@@ -43,14 +49,19 @@ class PingTable:
         """Note a measurement in seconds. Raises ValueError if it is negative or not finite."""
         if not 0 <= round_trip < math.inf:
             raise ValueError(f"a round trip of {round_trip} s is impossible")
-        before = self.round_trip(peer_id)
-        if before is not None and before != math.inf:
-            round_trip = before + self._smoothing * (round_trip - before)
-        self._measured[peer_id] = _Measured(round_trip, self._clock())
+        noise = round_trip / 2
+        before = self._measured.get(peer_id)
+        if before is not None and before.round_trip != math.inf:
+            surprise = round_trip - before.round_trip
+            weight = self._smoothing if surprise > 0 else max(self._smoothing, FALLING)
+            round_trip = before.round_trip + weight * surprise
+            noise = abs(surprise) if before.first else before.noise + self._smoothing * (abs(surprise) - before.noise)
+        first = before is None or before.round_trip == math.inf
+        self._measured[peer_id] = _Measured(round_trip, noise, first, self._clock())
 
     def add_failure(self, peer_id: str) -> None:
         """Note that a peer did not answer."""
-        self._measured[peer_id] = _Measured(math.inf, self._clock())
+        self._measured[peer_id] = _Measured(math.inf, 0.0, False, self._clock())
 
     def round_trip(self, peer_id: str) -> float | None:
         """Seconds; `math.inf` if the peer did not answer lately; None if nothing is known."""
@@ -68,6 +79,13 @@ class PingTable:
         """All that is known, by peer id, in seconds."""
         known = {peer_id: self.round_trip(peer_id) for peer_id in self._measured}
         return {peer_id: round_trip for peer_id, round_trip in known.items() if round_trip is not None}
+
+    def noises(self) -> dict[str, float]:
+        """By how many seconds the round trip to each peer usually differs from the smoothed one, smoothed as well.
+
+        After a single measurement nobody knows; it is taken for half of it, as in RFC 6298. At least `LEAST_NOISE`.
+        """
+        return {peer_id: max(LEAST_NOISE, self._measured[peer_id].noise) for peer_id in self.round_trips()}
 
     def keep_only(self, peer_ids: Collection[str]) -> None:
         """Forget everybody else, so that the table does not outgrow the swarm."""

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Protocol
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
 from swarm.data_structures import BlockSpan, Frozen, ModelInfo, ServerInfo, ServerState
-from swarm.errors import BadSpan, CacheFull, MissingBlocks, ModelNotServed, NetworkError, RoutingError, SwarmError
+from swarm.errors import BadSpan, CacheFull, ModelNotServed, NetworkError, RoutingError, SwarmError
 
-from .chain import Chain, find_chain
-from .ping import PingTable
-from .snapshot import Snapshot, format_blocks
+from .bans import Bans
+from .chain import Chain, Wanted, usable_peers
+from .lookout import Ask, Lookout
+from .reasons import FULL, describe_other_models, explain_missing
+from .sharing import servers_in_question, share_chain
+from .snapshot import Snapshot
+from .spreading import spread_chain
 
 if TYPE_CHECKING:
     from swarm.dht import ServerRecord
 
-#: Servers pinged for one search: enough to meet a near one among replicas, few enough to cost no server much.
+#: Servers asked for one search: enough to meet a near one among replicas, few enough to cost no server much.
 MAX_PINGS = 8
 
-#: Models named in an error message.
-MAX_MODELS_LISTED = 10
+#: Seconds after which a chosen chain shows in what its servers say about themselves, if it was opened at all.
+OPENING_TIME = 3.0
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Mode = Literal["latency", "throughput"]
 
 
 class RouterConfig(Frozen):
@@ -62,23 +68,17 @@ class ServerDirectory(Protocol):
     async def models(self) -> Mapping[str, ModelInfo]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Ban:
-    until: float  # on the router's clock
-    duration: float
-
-
 class Router:
     """Finds chains through one model. To be used from one asyncio loop.
 
-    directory: read for records. ping: `await ping(peer_id, timeout)` gives the seconds of one round trip, or raises
-    a SwarmError or TimeoutError. clock: seconds, monotonic. rng: shares load among equally fast servers.
+    directory: read for records. ask: puts a question to a server, see `lookout.Ask`. clock: seconds, monotonic.
+    rng: chooses whom to ask, and chains where nobody should be asked.
     """
 
     def __init__(
         self,
         directory: ServerDirectory,
-        ping: Callable[[str, float], Awaitable[float]],
+        ask: Ask,
         fingerprint: str,
         num_blocks: int,
         model_name: str,
@@ -88,24 +88,29 @@ class Router:
         rng: random.Random | None = None,
     ):
         self._directory = directory
-        self._ping = ping
         self._fingerprint = fingerprint
         self._num_blocks = num_blocks
         self._model_name = model_name
         self._config = config
         self._clock = clock
         self._rng = rng or random.Random()
-        # a server that did not answer a ping is left alone for as long as one that failed once
-        self._pings = PingTable(unreachable_time=config.ban_time, clock=clock)
-        self._bans: dict[str, _Ban] = {}
+        # a server that did not answer is left alone for as long as one that failed once
+        self._lookout = Lookout(
+            ask, num_blocks, timeout=config.ping_timeout, unreachable_time=config.ban_time, clock=clock
+        )
+        self._bans = Bans(config.ban_time, config.max_ban_time, clock)
         self._records: tuple[ServerRecord, ...] = ()
         self._read_at = -math.inf
         self._num_reads = 0
         self._reading = asyncio.Lock()
+        self._choosing = asyncio.Lock()
+        self._chosen: list[tuple[float, Chain]] = []  # when, and what
+        self._num_before = 0  # others in the line when it was joined last
+        self._background: dict[str, asyncio.Task[None]] = {}
 
     def snapshot(self) -> Snapshot:
-        """All servers as last read, bans and settings aside; empty before the first refresh."""
-        return Snapshot.build(self._num_blocks, self._records, self._pings.round_trips(), self._read_at)
+        """All servers as far as known, bans and settings aside; empty before the first refresh."""
+        return self._lookout.snapshot()
 
     async def refresh(self, force: bool = False) -> None:
         """Read the records anew if those at hand are older than `update_period`, or if forced.
@@ -116,12 +121,15 @@ class Router:
         async with self._reading:
             if self._num_reads > reads_before:
                 return  # somebody else's reading ended while we waited
-            if not force and self._clock() - self._read_at < self._config.update_period:
+            if not force and not self._is_old():
                 return
             self._records = tuple(await self._directory.servers(self._fingerprint))
             self._read_at = self._clock()
             self._num_reads += 1
-            self._pings.keep_only({record.peer_id for record in self._records})
+            self._lookout.take(self._records)
+
+    def _is_old(self) -> bool:
+        return self._clock() - self._read_at >= self._config.update_period
 
     async def check_served(self) -> None:
         """Raises ModelNotServed if nobody announces these weights; NetworkError of the directory passes through."""
@@ -138,11 +146,19 @@ class Router:
         exclude: Collection[str] = frozenset(),
         source: str | None = None,
         sink: str | None = None,
+        adapters: Collection[str] = frozenset(),
+        mode: Mode = "latency",
+        urgent: bool = False,
     ) -> Chain:
-        """The fastest chain through `span` of servers that are neither banned nor excluded and have room.
+        """A chain through `span` of servers that are neither banned nor excluded, have room and the adapters.
 
-        numerics: servers with this tag are preferred, see `routing.chain.find_chain`; so are source and sink explained.
-        When the records at hand give no chain they are read anew at once: a server may have joined since.
+        numerics: servers with this tag are preferred, see `chain.Wanted`; so are source and sink explained.
+        mode: "latency" for a session, the fastest chain, shared fairly with others who choose at the same time (see
+        `sharing`); "throughput" for training, a random one that puts all servers to work (see `spreading`).
+        urgent: a running session waits. Then nobody is asked and nothing is read as long as what is known gives a
+        chain; among servers that are about as fast it is drawn, since others may have lost the same server.
+        Otherwise the load of the servers in question is asked for, which takes a round trip, or `ping_timeout` if one
+        of them hangs. When the records at hand give no chain they are read anew: a server may have joined since.
 
         Raises BadSpan if the model has no such blocks, ModelNotServed if nobody announces these weights, MissingBlocks
         if blocks lack a usable server, CacheFull if it is only cache room that they lack. NetworkError of the directory
@@ -151,21 +167,23 @@ class Router:
         if span.end > self._num_blocks:
             raise BadSpan(f"blocks {span} lie outside {self._model_name}, which has {self._num_blocks} blocks")
         reads_before = self._num_reads
-        try:
-            await self.refresh()
-        except NetworkError:
-            if not self._records:
-                raise
-            # old records are better than none: of their servers, those that left fail and are banned
+        if urgent and self._records:
+            if self._is_old():
+                self._in_background("refresh", self.refresh)
+        else:
+            await self._refresh_if_possible()
         while True:
-            usable = await self._measured(span, cache_tokens, exclude)
-            chain = find_chain(
-                usable, span, cache_tokens=cache_tokens, numerics=numerics, source=source, sink=sink, rng=self._rng
-            )
+            make_wanted = partial(self._wanted, span, cache_tokens, numerics, source, sink, exclude, adapters)
+            if mode == "throughput":
+                chain = spread_chain(self.snapshot(), make_wanted(), self._rng)
+            elif urgent:
+                chain = self._choose_at_once(make_wanted())
+            else:
+                chain = await self._choose(make_wanted)
             if chain is not None:
                 return chain
             if self._num_reads > reads_before:
-                raise await self._explain(usable.missing_blocks(span), span, cache_tokens, exclude)
+                raise await self._explain(make_wanted(), exclude)
             await self.refresh(force=True)
 
     def info(self, peer_id: str) -> ServerInfo | None:
@@ -177,62 +195,111 @@ class Router:
 
         While it is banned, further reports only restart the ban: several sessions may notice the same failure.
         """
-        now, ban = self._clock(), self._bans.get(peer_id)
-        if ban is None:
-            duration = self._config.ban_time
-        elif ban.until > now:
-            duration = ban.duration
-        else:
-            duration = 2 * ban.duration
-        duration = min(duration, self._config.max_ban_time)
-        # a ban that ended long ago says nothing any more, and the table must not grow for ever
-        forgotten = now - self._config.max_ban_time
-        self._bans = {peer: old for peer, old in self._bans.items() if old.until > forgotten}
-        self._bans[peer_id] = _Ban(now + duration, duration)
+        self._bans.failed(peer_id)
+        # no session was opened there, so the other servers of those chains have none either
+        self._chosen = [(at, chain) for at, chain in self._chosen if all(link.peer_id != peer_id for link in chain)]
 
     def report_success(self, peer_id: str) -> None:
         """End a server's ban and forget its failures."""
-        self._bans.pop(peer_id, None)
+        self._bans.succeeded(peer_id)
 
     def banned(self) -> dict[str, float]:
         """Seconds until each ban ends, by peer id."""
-        now = self._clock()
-        return {peer_id: ban.until - now for peer_id, ban in self._bans.items() if ban.until > now}
+        return self._bans.left()
 
-    async def _measured(self, span: BlockSpan, cache_tokens: int, exclude: Collection[str]) -> Snapshot:
-        """The usable servers, after a ping to some that may begin or end a chain and were not pinged lately."""
-        usable = self._usable(cache_tokens, exclude)
-        ends = {record.peer_id for block in (span.start, span.end - 1) for record in usable.serving(block)}
-        unknown = sorted(peer_id for peer_id in ends if self._pings.age(peer_id) >= self._config.update_period)
-        chosen = self._rng.sample(unknown, min(MAX_PINGS, len(unknown)))
-        await asyncio.gather(*map(self._measure, chosen))
-        # the pings may have shown servers to be unreachable, and others may have been banned meanwhile
-        return self._usable(cache_tokens, exclude)
-
-    async def _measure(self, peer_id: str) -> None:
+    async def _refresh_if_possible(self) -> None:
         try:
-            self._pings.add(peer_id, await self._ping(peer_id, self._config.ping_timeout))
-        except (SwarmError, TimeoutError):
-            self._pings.add_failure(peer_id)
+            await self.refresh()
+        except NetworkError:
+            if not self._records:
+                raise
+            # old records are better than none: of their servers, those that left fail and are banned
 
-    def _usable(self, cache_tokens: int, exclude: Collection[str]) -> Snapshot:
-        snapshot, banned = self.snapshot(), self.banned()
-        return snapshot.only(
-            {
-                record.peer_id
-                for record in snapshot.servers
-                if self._why_not(record, cache_tokens, exclude, banned) is None
-            }
+    def _wanted(
+        self,
+        span: BlockSpan,
+        cache_tokens: int,
+        numerics: str | None,
+        source: str | None,
+        sink: str | None,
+        exclude: Collection[str],
+        adapters: Collection[str],
+    ) -> Wanted:
+        """With the bans of this moment."""
+        left_out = self._config.blocked_servers.union(exclude, self.banned())
+        return Wanted(span, cache_tokens, numerics, source, sink, left_out, self._config.allowed_servers, adapters)
+
+    async def _choose(self, make_wanted: Callable[[], Wanted]) -> Chain | None:
+        """One search at a time: the next one knows what this one chose."""
+        began = self._clock()
+        async with self._choosing:
+            # what another search asked while this one waited for it is news for both
+            if asked := self._whom_to_ask(make_wanted(), began):
+                self._num_before = await self._lookout.join_lines(asked)
+            # the answers may have shown servers to be unreachable, and others may have been banned meanwhile
+            return self._share(make_wanted(), num_before=self._num_before)
+
+    def _choose_at_once(self, wanted: Wanted) -> Chain | None:
+        # the next search shall know more
+        self._in_background("ask", lambda: self._lookout.ask(self._whom_to_ask(wanted, self._clock())))
+        return self._share(wanted, rng=self._rng)
+
+    def _share(self, wanted: Wanted, *, num_before: int = 0, rng: random.Random | None = None) -> Chain | None:
+        chain = share_chain(self.snapshot(), wanted, num_before=num_before, extra_rows=self._chosen_rows(), rng=rng)
+        if chain is not None:
+            self._chosen.append((self._clock(), chain))
+        return chain
+
+    def _whom_to_ask(self, wanted: Wanted, since: float) -> list[str]:
+        """Up to MAX_PINGS servers that did not say how they are since then: those in question first.
+
+        Then others that may begin or end a chain, and of these first those whose distance is not known.
+        """
+        snapshot, lookout = self.snapshot(), self._lookout
+        asked = [peer_id for peer_id in servers_in_question(snapshot, wanted) if lookout.answered_at(peer_id) < since]
+        if len(asked) > MAX_PINGS:  # many clients shall not all know the same few
+            asked = self._rng.sample(asked, MAX_PINGS)
+        ends = usable_peers(snapshot, wanted, (wanted.span.start, wanted.span.end - 1)).difference(asked)
+        others = sorted(peer_id for peer_id in ends if lookout.answered_at(peer_id) < since)
+        self._rng.shuffle(others)
+        others.sort(key=lambda peer_id: lookout.age(peer_id) < self._config.update_period)
+        return asked + others[: MAX_PINGS - len(asked)]
+
+    def _chosen_rows(self) -> Counter[str]:
+        """By peer, how many chains were chosen here lately that its last answer does not know of."""
+        oldest = self._clock() - OPENING_TIME
+        self._chosen = [(at, chain) for at, chain in self._chosen if at > oldest]
+        return Counter(
+            link.peer_id
+            for at, chain in self._chosen
+            for link in chain
+            if at >= self._lookout.answered_at(link.peer_id)
         )
 
+    def _in_background(self, name: str, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Unless it is going on already."""
+
+        async def run() -> None:
+            with contextlib.suppress(SwarmError):  # the next search that needs it meets the error itself
+                await act()
+
+        if name not in self._background or self._background[name].done():
+            self._background[name] = asyncio.create_task(run())
+
+    async def _explain(self, wanted: Wanted, exclude: Collection[str]) -> RoutingError | CacheFull:
+        if not self._records:
+            return ModelNotServed(await self._describe_other_models())
+        why_not = partial(self._why_not, wanted=wanted, exclude=exclude, banned=self.banned())
+        return explain_missing(self.snapshot(), wanted.span, wanted.cache_tokens, self._model_name, why_not)
+
     def _why_not(
-        self, record: ServerRecord, cache_tokens: int, exclude: Collection[str], banned: Mapping[str, float]
+        self, record: ServerRecord, wanted: Wanted, exclude: Collection[str], banned: Mapping[str, float]
     ) -> str | None:
         """Why a server cannot be part of a chain, in a word or two; None if it can."""
-        peer_id, allowed = record.peer_id, self._config.allowed_servers
+        peer_id = record.peer_id
         if record.info.state is not ServerState.ONLINE:
             return record.info.state.value
-        if allowed is not None and peer_id not in allowed:
+        if wanted.allowed is not None and peer_id not in wanted.allowed:
             return "not in allowed_servers"
         if peer_id in self._config.blocked_servers:
             return "in blocked_servers"
@@ -240,51 +307,13 @@ class Router:
             return "banned after a failure"
         if peer_id in exclude:
             return "excluded"
-        if self._pings.round_trip(peer_id) == math.inf:
+        if self._lookout.is_unreachable(peer_id):
             return "unreachable"
-        if record.info.cache_tokens_left < cache_tokens:
-            return "full"
+        if not set(wanted.adapters).issubset(record.info.adapters):
+            return "without the adapters"
+        if record.info.cache_tokens_left < wanted.cache_tokens:
+            return FULL
         return None
 
-    async def _explain(
-        self, missing: tuple[int, ...], span: BlockSpan, cache_tokens: int, exclude: Collection[str]
-    ) -> RoutingError | CacheFull:
-        """Why there is no chain, given the blocks without a usable server."""
-        if not self._records:
-            return ModelNotServed(await self._describe_other_models())
-        roomless = self._usable(0, exclude)
-        if not roomless.missing_blocks(span):
-            tokens_left = min(
-                max(record.info.cache_tokens_left for record in roomless.serving(block)) for block in missing
-            )
-            return CacheFull(
-                f"no server has cache for {cache_tokens} tokens through blocks {format_blocks(missing)} of "
-                f"{self._model_name}; there is room for {tokens_left}",
-                tokens_left,
-            )
-        return MissingBlocks(self._describe_missing(missing, cache_tokens, exclude), missing)
-
-    def _describe_missing(self, missing: tuple[int, ...], cache_tokens: int, exclude: Collection[str]) -> str:
-        servers, banned = self.snapshot().servers, self.banned()
-        holders = [record for record in servers if any(block in record.info.span for block in missing)]
-        reasons = Counter(self._why_not(record, cache_tokens, exclude, banned) or "free again" for record in holders)
-        counted = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        return (
-            f"no usable server holds blocks {format_blocks(missing)} of {self._model_name}; "
-            f"{len(servers)} servers were seen, {len(holders)} of them with such blocks"
-            + (f" ({counted})" if counted else "")
-        )
-
     async def _describe_other_models(self) -> str:
-        models = sorted((await self._directory.models()).values(), key=lambda model: (model.name, model.fingerprint))
-        others = [model for model in models if model.fingerprint != self._fingerprint]
-        namesakes = [model for model in others if model.name == self._model_name]
-        message = f"no server in the swarm serves {self._model_name} (fingerprint {self._fingerprint[:12]})"
-        if namesakes:
-            theirs = ", ".join(model.fingerprint[:12] for model in namesakes[:MAX_MODELS_LISTED])
-            message += f"; the swarm serves other weights of that name (fingerprint {theirs})"
-        if not others:
-            return message + "; it serves no other model either"
-        listed = ", ".join(f"{model.name} ({model.num_blocks} blocks)" for model in others[:MAX_MODELS_LISTED])
-        more = f" and {len(others) - MAX_MODELS_LISTED} more" if len(others) > MAX_MODELS_LISTED else ""
-        return f"{message}; models in the swarm: {listed}{more}"
+        return describe_other_models(await self._directory.models(), self._fingerprint, self._model_name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from swarm.data_structures import BlockSpan, ServerState
+from swarm.data_structures import BlockSpan, ServerInfo, ServerState
+
+from .table import ServerTable
 
 if TYPE_CHECKING:  # the decisions made from a snapshot need no network library
     from swarm.dht import ServerRecord
@@ -21,6 +23,7 @@ class Snapshot:
     num_blocks: blocks of the whole model.
     servers: at most one record per peer, in any state, sorted by span and peer id.
     pings: seconds of round trip from this peer to others, by peer id; `math.inf` for one that does not answer.
+    ping_noise: by how many seconds these vary.
     taken_at: seconds on the clock of whoever built it.
     """
 
@@ -28,6 +31,7 @@ class Snapshot:
     servers: tuple[ServerRecord, ...]
     pings: Mapping[str, float]
     taken_at: float
+    ping_noise: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -43,8 +47,42 @@ class Snapshot:
             known = latest.get(record.peer_id)
             if record.info.span.end <= num_blocks and (known is None or record.expires > known.expires):
                 latest[record.peer_id] = record
-        servers = sorted(latest.values(), key=lambda record: (*_ends(record.info.span), record.peer_id))
+        servers = sorted(latest.values(), key=_order)
         return cls(num_blocks, tuple(servers), MappingProxyType(dict(pings)), taken_at)
+
+    def with_pings(self, pings: Mapping[str, float], noise: Mapping[str, float]) -> Snapshot:
+        """The same servers, all pings anew."""
+        later = replace(self, pings=MappingProxyType(dict(pings)), ping_noise=MappingProxyType(dict(noise)))
+        later.__dict__["table"] = self.table  # the cached property's value
+        return later
+
+    def updated(self, infos: Mapping[str, ServerInfo]) -> Snapshot:
+        """The same servers, some of which described themselves anew. Other peers are ignored."""
+        servers = [
+            record if (info := infos.get(record.peer_id)) is None else replace(record, info=info)
+            for record in self.servers
+        ]
+        return self._after(self.build(self.num_blocks, servers, self.pings, self.taken_at))
+
+    def refreshed(self, records: Iterable[ServerRecord], pings: Mapping[str, float], taken_at: float) -> Snapshot:
+        """`build`, from records that were read later and are mostly the same.
+
+        What a server said in an answer (`updated`) stays until it announces itself anew: its record was older.
+        """
+        mixed = [
+            known if (known := self.get(record.peer_id)) and known.expires == record.expires else record
+            for record in records
+        ]
+        return self._after(self.build(self.num_blocks, mixed, pings, taken_at))
+
+    def _after(self, later: Snapshot) -> Snapshot:
+        later.__dict__["table"] = ServerTable.build(later.servers, before=self.table)  # the cached property's value
+        return later
+
+    @cached_property
+    def table(self) -> ServerTable:
+        """The servers as columns of numbers, in their order."""
+        return ServerTable.build(self.servers)
 
     def get(self, peer_id: str) -> ServerRecord | None:
         """The record of this peer, in whatever state it is."""
@@ -85,8 +123,9 @@ class Snapshot:
         return tuple(map(tuple, holders))
 
 
-def _ends(span: BlockSpan) -> tuple[int, int]:
-    return span.start, span.end
+def _order(record: ServerRecord) -> tuple[int, int, str]:
+    span = record.info.span
+    return span.start, span.end, record.peer_id
 
 
 def format_blocks(blocks: Iterable[int]) -> str:

@@ -10,10 +10,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from swarm.data_structures import ModelInfo, ServerInfo, ServerState
+from swarm.data_structures import MAX_NEXT_PINGS, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
 from swarm.errors import SwarmError
 from swarm.node import Node
+from swarm.routing.ping import PingTable
 from swarm.rpc import ping, upload_rate
 
 logger = logging.getLogger(__name__)
@@ -45,13 +46,18 @@ class Announcer:
         self._model = model
         self._info = info
         self._period = period
-        #: seconds of round trip to servers that hold the next block, by peer id
-        self.next_pings: dict[str, float] = {}
+        self._pings = PingTable(unreachable_time=0.0)  # to servers that hold the next block
         #: bytes/s to others of the swarm (the median of a few); None while nobody else was measured
         self.network_rate: float | None = None
         self._upload_after = 0.0
         self._touched = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def next_pings(self) -> dict[str, float]:
+        """Smoothed seconds of round trip to the nearest servers that hold the next block, by peer id."""
+        nearest = sorted(self._pings.round_trips().items(), key=lambda ping: (ping[1], ping[0]))
+        return dict(nearest[:MAX_NEXT_PINGS])
 
     async def start(self) -> None:
         """Announce once, then keep on in the background. Raises NetworkError if the first announcement fails."""
@@ -118,13 +124,18 @@ class Announcer:
     async def _ping_successors(self, others: Sequence[ServerRecord]) -> None:
         end = self._info().span.end
         next_peers = [record.peer_id for record in others if end in record.info.span]
+        self._pings.keep_only(next_peers)
         chosen = random.sample(next_peers, min(MAX_PINGS, len(next_peers)))
-        times = await asyncio.gather(
-            *(ping(self._node.p2p, peer, PING_TIMEOUT) for peer in chosen), return_exceptions=True
-        )
-        alive = {peer: time for peer, time in zip(chosen, times, strict=True) if isinstance(time, float)}
-        kept = {peer: time for peer, time in self.next_pings.items() if peer in next_peers and peer not in chosen}
-        self.next_pings = {**kept, **alive}
+        await asyncio.gather(*map(self._ping, chosen))
+
+    async def _ping(self, peer_id: str) -> None:
+        try:
+            if self._pings.round_trip(peer_id) is None:
+                await ping(self._node.p2p, peer_id, PING_TIMEOUT)  # connects, which takes longer than a round trip
+            self._pings.add(peer_id, await ping(self._node.p2p, peer_id, PING_TIMEOUT))
+        except Exception as error:  # whatever a stranger answers, the survey goes on
+            logger.info("could not ping %s: %r", peer_id, error)
+            self._pings.add_failure(peer_id)
 
     async def _measure_network(self, others: Sequence[str]) -> None:
         rates = []

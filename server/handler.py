@@ -35,6 +35,7 @@ from swarm.protocol import (
 from swarm.rpc import FrameStream, clock
 
 from .engine import Engine
+from .openings import Openings
 from .session_stream import SessionStream, error_reply
 from .sessions import Session, SessionTable
 
@@ -63,6 +64,7 @@ class Handler:
         self._info = info
         self.idle_limit = idle_limit
         self.step_timeout = step_timeout
+        self._openings = Openings()
         self.p2p: P2P
         self.by_session: dict[str, SessionStream] = {}
         self._streams: set[SessionStream] = set()
@@ -75,7 +77,8 @@ class Handler:
         await p2p.add_binary_stream_handler(PUSH_STREAM, self._serve_pushes)
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
-        return runtime_pb2.ExpertInfo(serialized_info=self._info().model_dump_json().encode())
+        answer = self._openings.answer(request.uid, str(context.remote_id), self._info())
+        return runtime_pb2.ExpertInfo(serialized_info=answer.model_dump_json().encode())
 
     async def rpc_upload(self, request: runtime_pb2.ExpertInfo, context: P2PContext) -> runtime_pb2.ExpertUID:
         size = len(request.serialized_info)
@@ -106,7 +109,9 @@ class Handler:
             raise BadSpan(f"this server holds blocks {blocks}, not all of the requested {request.span}")
         if any(adapter is not None for adapter in request.adapters):
             raise NotSupported("this server holds no adapters")
-        return self.sessions.open(request, peer_id)
+        session = self.sessions.open(request, peer_id)
+        self._openings.opened(peer_id)
+        return session
 
     async def _serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = SessionStream(self, FrameStream(reader, writer), str(info.peer_id))

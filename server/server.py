@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 import swarm
+from swarm.addresses import only_relayed
 from swarm.architectures import architecture_of, check_span, num_blocks
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
@@ -23,6 +24,7 @@ from .engine import Engine, Load
 from .eviction import EvictionLimits
 from .handler import Handler
 from .kv_cache import KVCache
+from .load_average import LoadAverage
 from .memory import usable_memory
 from .numerics import numerics_tag
 from .precision import choose_dtype, choose_quantization, has_native_bfloat16
@@ -51,6 +53,9 @@ class Server:
         self._engine: Engine | None = None
         self._announcer: Announcer | None = None
         self._handler: Handler | None = None
+        self._load_average = LoadAverage(lambda: self._present_load)
+        self._looking: asyncio.Task[None] | None = None
+        self._relayed = False
 
     async def start(self) -> str:
         """Join, load, announce. Returns the address under which others reach this server.
@@ -131,6 +136,8 @@ class Server:
             step_timeout=config.step_timeout,
         )
         await self._handler.register(self.node.p2p)
+        self._looking = asyncio.create_task(self._load_average.keep_looking())
+        self._relayed = only_relayed(await self.node.addresses())
         self._state = ServerState.ONLINE
         await self._announcer.start()
         return await self.node.ready_address()
@@ -176,10 +183,13 @@ class Server:
         records = await Directory(self.node).servers(self.model.fingerprint)
         return choose_span(self.model.num_blocks, num_wanted, records)
 
+    @property
+    def _present_load(self) -> Load:
+        return Load(0, 0) if self._engine is None else self._engine.load
+
     def _info(self) -> ServerInfo:
         """What this server announces, as it is now."""
-        speed, announcer = self._speed, self._announcer
-        load = Load(0, 0) if self._engine is None else self._engine.load
+        speed, announcer, load = self._speed, self._announcer, self._present_load
         return ServerInfo(
             state=self._state,
             span=self.span,
@@ -189,11 +199,14 @@ class Server:
             network_rate=None if announcer is None else announcer.network_rate,
             running_rows=load.running_rows,
             waiting_rows=load.waiting_rows,
+            busy_rows=self._load_average.rows,
+            session_rows=sum(len(session.rows) for session in self._cache.sessions()),
             numerics=self._numerics,
             cache_tokens_left=self._cache.tokens_left,
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,
+            relayed=self._relayed,
         )
 
     def stop(self) -> None:
@@ -228,6 +241,8 @@ class Server:
 
     async def _leave(self) -> None:
         self._state = ServerState.OFFLINE
+        if self._looking is not None:
+            self._looking.cancel()
         if self._announcer is not None and not self.node.died.is_set():
             await self._announcer.stop()
         if self._engine is not None:

@@ -65,6 +65,12 @@ def peer_id_of(address: Multiaddr | str) -> str:
     return str(address).rstrip("/").rpartition("/p2p/")[2]
 
 
+def only_relayed(addresses: Iterable[str]) -> bool:
+    """Whether there are addresses, and each leads through a relay."""
+    ways = ["/p2p-circuit" in address for address in addresses]
+    return bool(ways) and all(ways)
+
+
 def without_peer_id(address: Multiaddr | str) -> Multiaddr:
     """A checked peer address without its last /p2p/ID."""
     return Multiaddr(str(address).rstrip("/").rpartition("/p2p/")[0])

@@ -83,6 +83,13 @@ DecodeTimes = Annotated[
 ]
 Rate = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 PeerName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9]+$")]
+AdapterName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\x21-\x7e]+$")]
+#: Most entries of `ServerInfo.next_pings`, so that a record stays small.
+MAX_NEXT_PINGS = 64
+#: What somebody who is about to open a session calls himself while he chooses a server: random, and new each time.
+OpeningKey = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+#: Most of them that a server remembers at a time.
+MAX_OPENINGS = 256
 
 
 def _printable(text: str) -> str:
@@ -99,8 +106,12 @@ class ServerInfo(Frozen):
     forward_rate: tokens/s of a prompt through the whole span. network_rate: bytes/s from this server to others of the
         swarm. None: not measured.
     running_rows, waiting_rows: rows that the device works on now, and rows whose next tokens wait for it.
+    busy_rows: both together, on average over the last seconds; None: not measured.
+    session_rows: rows of the sessions that it holds, at work or not.
     cache_tokens_left: how many tokens of new sessions it can still admit.
     next_pings: seconds of round trip to servers that hold the block after this span, by peer id.
+    relayed: it can be reached through relays only, which are slow and may drop a connection.
+    adapters: names of the adapters that it can apply.
     """
 
     protocol_version: Annotated[int, Field(ge=0)] = PROTOCOL_VERSION
@@ -113,12 +124,16 @@ class ServerInfo(Frozen):
     network_rate: Rate | None = None
     running_rows: Annotated[int, Field(ge=0, le=2**31)] = 0
     waiting_rows: Annotated[int, Field(ge=0, le=2**31)] = 0
+    busy_rows: Annotated[float, Field(ge=0, le=2**31, allow_inf_nan=False)] | None = None
+    session_rows: Annotated[int, Field(ge=0, le=2**31)] = 0
     cache_tokens_left: Annotated[int, Field(ge=0, le=2**40)]
     public_name: Annotated[str, Field(max_length=64)] = ""
     software: Annotated[str, Field(max_length=32)] = ""
     next_pings: Annotated[
-        dict[PeerName, Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]], Field(max_length=64)
+        dict[PeerName, Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]], Field(max_length=MAX_NEXT_PINGS)
     ] = {}
+    relayed: bool = False
+    adapters: Annotated[tuple[AdapterName, ...], Field(max_length=64)] = ()
 
     @field_validator("public_name", "software")
     @classmethod
@@ -134,6 +149,19 @@ class ServerInfo(Frozen):
                 f"protocol version {str(data.get('protocol_version'))[:20]} does not mix with ours ({PROTOCOL_VERSION})"
             )
         return data
+
+
+class OpeningAnswer(Frozen):
+    """What a server answers to somebody who is about to open a session, see `swarm.rpc.timed_info`.
+
+    before: what others called themselves who asked before him and have not opened a session here since, first come
+    first. opened: the same of those who asked lately and have. A client takes `before` from one server and `opened`
+    from all that he asked: so he knows who still chooses.
+    """
+
+    info: ServerInfo
+    before: Annotated[tuple[OpeningKey, ...], Field(max_length=MAX_OPENINGS)] = ()
+    opened: Annotated[tuple[OpeningKey, ...], Field(max_length=MAX_OPENINGS)] = ()
 
 
 class ModelInfo(Frozen):

@@ -41,6 +41,9 @@ MAX_HEADER_BYTES = 64 * 2**10
 #: Most bytes that a peer may send to measure the way here.
 MAX_UPLOAD_BYTES = 2**20
 
+#: Begins the question of somebody who is about to open a session; his key follows.
+OPENING_QUESTION = "opening/"
+
 MAX_ROWS = 1024
 MAX_POSITION = 2**24
 
@@ -298,7 +301,8 @@ class BlockProtocol(ServicerBase):
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         """The server's present `ServerInfo` as JSON. Also serves as a ping.
 
-        request.uid: the fingerprint of the model that the caller means, or empty for whatever is served.
+        request.uid: OPENING_QUESTION and an `OpeningKey`, if the caller is about to open a session; then the answer is
+        an `OpeningAnswer`. Anything else is ignored.
         """
         raise NotImplementedError
 

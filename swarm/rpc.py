@@ -13,25 +13,29 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, DispatchFailure
 from hivemind.proto import runtime_pb2
 from pydantic import ValidationError
 
-from .data_structures import ServerInfo
+from .data_structures import OpeningAnswer, ServerInfo
 from .errors import MessageTooLarge, PeerRefused, PeerTimeout, PeerUnreachable, ProtocolError
 from .protocol import (
     INFERENCE_STREAM,
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_UPLOAD_BYTES,
+    OPENING_QUESTION,
     BlockProtocol,
     Message,
     explain,
     pack,
     unpack,
 )
+
+Answer = TypeVar("Answer", ServerInfo, OpeningAnswer)
 
 _LENGTHS = struct.Struct(">II")
 #: A payload up to this many bytes is copied behind its header: one system call costs more than the copy.
@@ -143,20 +147,37 @@ async def open_stream(p2p: P2P, peer_id: str, timeout: float, kind: str = INFERE
 
 async def server_info(p2p: P2P, peer_id: str, timeout: float) -> ServerInfo:
     """What a server says about itself right now. Raises PeerError, or ProtocolError for an answer that is no info."""
+    return await _ask(p2p, peer_id, "", timeout, ServerInfo)
+
+
+async def timed_info(
+    p2p: P2P, peer_id: str, timeout: float, opening_key: str | None = None
+) -> tuple[float, OpeningAnswer]:
+    """Seconds of one round trip to a server, and what it says about itself right now. Raises like `server_info`.
+
+    opening_key: under which the caller joins the line of those who are about to open a session; None: he does not.
+    """
+    started = time.perf_counter()
+    if opening_key is None:
+        answer = OpeningAnswer(info=await server_info(p2p, peer_id, timeout))
+    else:
+        answer = await _ask(p2p, peer_id, OPENING_QUESTION + opening_key, timeout, OpeningAnswer)
+    return time.perf_counter() - started, answer
+
+
+async def _ask(p2p: P2P, peer_id: str, question: str, timeout: float, answer_type: type[Answer]) -> Answer:
     stub = BlockProtocol.get_stub(p2p, PeerID.from_base58(peer_id))
     with _translated(peer_id, "answer", timeout):
-        response = await stub.rpc_info(runtime_pb2.ExpertUID(), timeout=timeout)
+        response = await stub.rpc_info(runtime_pb2.ExpertUID(uid=question), timeout=timeout)
     try:
-        return ServerInfo.model_validate_json(response.serialized_info)
+        return answer_type.model_validate_json(response.serialized_info)
     except ValidationError as error:
         raise ProtocolError(f"server {peer_id} sent a bad description of itself: {explain(error)}") from error
 
 
 async def ping(p2p: P2P, peer_id: str, timeout: float) -> float:
     """Seconds of one round trip to a server. Raises PeerError."""
-    started = time.perf_counter()
-    await server_info(p2p, peer_id, timeout)
-    return time.perf_counter() - started
+    return (await timed_info(p2p, peer_id, timeout))[0]
 
 
 async def upload_rate(p2p: P2P, peer_id: str, timeout: float) -> float:

@@ -205,7 +205,7 @@ def test_a_lost_session_is_reopened_on_the_same_server_without_a_ban(swarm):
 def test_a_server_that_takes_sessions_but_fails_every_step_is_banned_longer_each_time(swarm):
     client = swarm.connect(ban_time=1.0)
     clock = time.monotonic()
-    client.router._clock = lambda: clock
+    client.router._bans._clock = lambda: clock
     swarm["B"].fail("step", EngineError("always"), times=10**9)
     client.user().step()
     assert client.router.banned() == {"B": pytest.approx(1.0)}
@@ -217,7 +217,7 @@ def test_a_server_that_takes_sessions_but_fails_every_step_is_banned_longer_each
 def test_a_server_that_works_again_has_its_failures_forgiven(swarm):
     client = swarm.connect(ban_time=1.0)
     clock = time.monotonic()
-    client.router._clock = lambda: clock
+    client.router._bans._clock = lambda: clock
     for _ in range(2):
         swarm["B"].fail("step", EngineError("once"), after=1)
         user = client.user()

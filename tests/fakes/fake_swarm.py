@@ -16,7 +16,7 @@ from swarm.client.block_client import SwarmBlockClient
 from swarm.client.config import ClientConfig
 from swarm.client.inference_session import InferenceSession
 from swarm.client.links import Links
-from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo
+from swarm.data_structures import BlockSpan, ModelInfo, OpeningAnswer, ServerInfo
 from swarm.dht import ServerRecord
 from swarm.errors import PeerRefused, PeerTimeout, SessionLost, SwarmError
 from swarm.node import NodeThread
@@ -102,8 +102,8 @@ class FakeSwarm:
         """Wait until clients and servers have nothing left to do."""
         self.thread.run(idle())
 
-    async def _ping(self, peer_id: str, timeout: float) -> float:
-        return 0.001
+    async def _ping(self, peer_id: str, timeout: float, opening_key: str | None) -> tuple[float, OpeningAnswer]:
+        return 0.001, OpeningAnswer(info=_record(self.servers[peer_id]).info)
 
     async def _probe(self, p2p: object, peer_id: str, timeout: float) -> float:
         server = self.servers[peer_id]

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from swarm.routing.ping import PingTable
+from swarm.routing.ping import LEAST_NOISE, PingTable
 
 
 class Clock:
@@ -31,6 +31,26 @@ def test_measurements_are_smoothed(table):
     for _ in range(50):
         table.add("A", 0.5)
     assert table.round_trip("A") == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_sooner_answer_counts_more_than_a_later_one(table):
+    for round_trip in (0.2, 0.1):
+        table.add("A", round_trip)
+    assert table.round_trip("A") == pytest.approx(0.14)
+
+
+def test_noise_is_how_far_measurements_are_from_what_was_expected(table):
+    table.add("A", 0.2)
+    assert table.noises() == {"A": 0.1}  # nobody knows after one
+    table.add("A", 0.24)
+    assert table.noises()["A"] == pytest.approx(0.04)
+    for _ in range(50):
+        table.add("A", 0.21)
+    assert table.noises() == {"A": LEAST_NOISE}
+    table.add("A", 0.41)
+    assert table.noises()["A"] == pytest.approx(0.25 * 0.2, rel=0.1)
+    table.add_failure("B")
+    assert table.noises()["B"] == LEAST_NOISE
 
 
 def test_nothing_is_known_of_others(table):

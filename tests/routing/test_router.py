@@ -1,11 +1,13 @@
 import asyncio
+import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from swarm.client.config import ClientConfig
-from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.data_structures import BlockSpan, ModelInfo, OpeningAnswer, ServerInfo, ServerState
 from swarm.dht import ServerRecord
 from swarm.errors import BadSpan, CacheFull, MissingBlocks, ModelNotServed, NetworkError, PeerTimeout
 from swarm.routing.router import MAX_PINGS, Router, RouterConfig
@@ -13,13 +15,14 @@ from swarm.routing.router import MAX_PINGS, Router, RouterConfig
 FINGERPRINT = "a" * 64
 
 
-def record(peer_id, start, end, *, cache=1000, state=ServerState.ONLINE, numerics="fp32", throughput=10.0):
+def record(peer_id, start, end, *, cache=1000, state=ServerState.ONLINE, numerics="fp32", throughput=10.0, **more):
     info = ServerInfo(
         state=state,
         span=BlockSpan(start=start, end=end),
         throughput=throughput,
         numerics=numerics,
         cache_tokens_left=cache,
+        **more,
     )
     return ServerRecord(peer_id=peer_id, info=info, expires=100.0)
 
@@ -54,29 +57,49 @@ class FakeDirectory:
 
 
 class FakePing:
-    def __init__(self):
+    """Servers that answer with the record that the directory shows, or with what a test puts into `infos`."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.infos = {}
+        self.lines = {}
         self.round_trips = {}
         self.dead = set()
-        self.asked = []
+        self.asked = []  # who was asked, once for each time; the calls that connect and measure first are left out
+        self.keys = []
+        self.called = Counter()
         self.running = self.most_running = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
 
-    async def __call__(self, peer_id, timeout):
+    async def __call__(self, peer_id, timeout, opening_key):
         assert timeout == 3.0
-        self.asked.append(peer_id)
+        self.called[peer_id] += 1
+        if self.called[peer_id] > 2:
+            self.asked.append(peer_id)
+            self.keys.append(opening_key)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
+        await self.gate.wait()
         await asyncio.sleep(0)
         self.running -= 1
         if peer_id in self.dead:
             raise PeerTimeout("it did not answer")
-        return self.round_trips.get(peer_id, 0.05)
+        connecting = self.called[peer_id] == 1
+        line = {} if opening_key is None else self.lines.get(peer_id, {})
+        round_trip = 9.0 if connecting else self.round_trips.get(peer_id, 0.05)
+        return round_trip, OpeningAnswer(info=self.info(peer_id), **line)
+
+    def info(self, peer_id):
+        announced = {record.peer_id: record.info for record in self.directory.records}
+        return self.infos.get(peer_id) or announced[peer_id]
 
 
 class World:
-    def __init__(self, records=(), models=(), num_blocks=30, **settings):
+    def __init__(self, records=(), models=(), num_blocks=30, rng=None, **settings):
         self.clock = Clock()
         self.directory = FakeDirectory(records, models)
-        self.ping = FakePing()
+        self.ping = FakePing(self.directory)
         self.router = Router(
             self.directory,
             self.ping,
@@ -85,7 +108,7 @@ class World:
             "SmolLM2",
             RouterConfig(**settings),
             clock=self.clock,
-            rng=random.Random(0),
+            rng=rng or random.Random(0),
         )
 
     async def route(self, start=0, end=30, cache_tokens=100, **options):
@@ -106,7 +129,7 @@ def test_the_settings_are_those_of_the_client():
 async def test_a_chain_is_found_from_the_records():
     world = World(THREE)
     assert await world.route() == [("A", "0:10"), ("B", "10:20"), ("C", "20:30")]
-    assert sorted(world.ping.asked) == ["A", "C"]
+    assert sorted(world.ping.asked) == ["A", "B", "C"]
 
 
 async def test_a_model_that_nobody_serves_is_known_at_once():
@@ -232,10 +255,10 @@ async def test_a_server_that_does_not_answer_is_left_out_for_a_while():
 async def test_round_trips_of_servers_that_left_are_forgotten():
     world = World(THREE)
     await world.route()
-    assert set(world.router.snapshot().pings) == {"A", "C"}
+    assert set(world.router.snapshot().pings) == {"A", "B", "C"}
     world.directory.records = THREE[:2]
     await world.router.refresh(force=True)
-    assert set(world.router.snapshot().pings) == {"A"}
+    assert set(world.router.snapshot().pings) == {"A", "B"}
 
 
 async def test_a_failed_server_is_replaced_by_spares():
@@ -381,3 +404,171 @@ async def test_other_weights_under_the_same_name():
 async def test_blocks_outside_the_model():
     with pytest.raises(BadSpan, match="blocks 20:31 lie outside SmolLM2, which has 30 blocks"):
         await World(THREE).route(20, 31)
+
+
+# --- the present load, and others who choose at the same time ---------------------------------------------------------
+
+
+async def test_the_load_that_counts_is_the_present_one():
+    world = World([record("A", 0, 30), record("B", 0, 30, session_rows=9, busy_rows=9.0)])
+    world.ping.infos["A"] = record("A", 0, 30, session_rows=20, busy_rows=20.0).info
+    world.ping.infos["B"] = record("B", 0, 30).info
+    assert await world.route() == [("B", "0:30")]
+    assert world.router.snapshot().get("A").info.busy_rows == 20
+
+
+async def test_what_a_server_said_counts_until_it_announces_itself_anew():
+    world = World([record("A", 0, 30)])
+    world.ping.infos["A"] = record("A", 0, 30, session_rows=5).info
+    await world.route()
+    await world.router.refresh(force=True)
+    assert world.router.snapshot().get("A").info.session_rows == 5
+    world.directory.records = [replace(record("A", 0, 30, session_rows=7), expires=101.0)]
+    await world.router.refresh(force=True)
+    assert world.router.snapshot().get("A").info.session_rows == 7
+
+
+async def test_a_server_that_says_it_is_leaving_is_not_used():
+    world = World([record("A", 0, 30), record("B", 0, 30, throughput=0.5)])
+    world.ping.infos["A"] = record("A", 0, 30, state=ServerState.DRAINING).info
+    assert await world.route() == [("B", "0:30")]
+
+
+async def test_a_server_that_says_it_holds_other_blocks_is_used_for_those():
+    world = World([record("A", 0, 30), record("B", 10, 30, throughput=5.0)])
+    world.ping.infos["A"] = record("A", 0, 10).info
+    assert await world.route() == [("A", "0:10"), ("B", "10:30")]
+
+
+async def test_every_new_session_asks_anew():
+    world = World([record("A", 0, 30), record("B", 0, 30)])
+    for _ in range(3):
+        await world.route()
+        world.clock.now += 0.001
+    assert Counter(world.ping.asked) == {"A": 3, "B": 3}
+    assert len(set(world.ping.keys)) == 3  # one key for each search, the same for all servers
+    assert None not in world.ping.keys
+
+
+async def test_who_stands_before_us_is_expected_to_choose_before_us():
+    world = World([record("A", 0, 30), record("B", 0, 30)])
+    one, other = "1" * 16, "2" * 16
+    assert await world.route() == [("A", "0:30")]
+    for line_of_a, line_of_b, expected in (
+        ({"before": (one,)}, {"before": (one,)}, "B"),
+        ({"before": (one, other)}, {"before": (other, one)}, "A"),
+        ({"before": (one, other)}, {"opened": (other,)}, "B"),  # he opened a session at the other server
+        ({}, {"before": (one,)}, "A"),  # all count by the line of the first server
+    ):
+        world.clock.now += 10  # our own choice of before is forgotten
+        world.ping.lines = {"A": line_of_a, "B": line_of_b}
+        assert await world.route() == [(expected, "0:30")]
+
+
+async def test_searches_at_the_same_time_know_of_each_other_and_share_what_they_ask():
+    world = World([record("A", 0, 30), record("B", 0, 30)])
+    chains = await asyncio.gather(*(world.route() for _ in range(8)))
+    assert Counter(chain[0][0] for chain in chains) == {"A": 4, "B": 4}
+    assert Counter(world.ping.asked) == {"A": 1, "B": 1}
+
+
+async def test_choices_that_the_servers_know_of_are_not_counted_twice():
+    world = World([record("A", 0, 30), record("B", 0, 30)])
+    assert await world.route() == [("A", "0:30")]
+    world.clock.now += 1
+    world.ping.infos = {"A": record("A", 0, 30, session_rows=1).info, "B": record("B", 0, 30, session_rows=1).info}
+    assert await world.route() == [("A", "0:30")]
+
+
+async def test_choices_that_failed_are_not_counted():
+    world = World([record("A", 0, 10), record("A2", 0, 10), record("B", 10, 30), record("B2", 10, 30)])
+    assert await world.route() == [("A", "0:10"), ("B", "10:30")]
+    world.router.report_failure("A")
+    assert await world.route() == [("A2", "0:10"), ("B", "10:30")]
+
+
+# --- a running session waits ------------------------------------------------------------------------------------------
+
+
+async def test_an_urgent_search_waits_for_nobody():
+    world = World([*THREE, *SPARES])
+    await world.route()
+    world.router.report_failure("B")
+    world.clock.now += 60  # the records are old, and so are the pings
+    world.directory.gate.clear()
+    world.ping.gate.clear()
+    async with asyncio.timeout(5):
+        route = await world.route(10, 20, source="A", sink="C", urgent=True)
+    assert [peer for peer, _ in route] in (["B"], ["D", "E"])  # B's ban is over
+    async with asyncio.timeout(5):
+        while world.directory.reads < 2 or not world.ping.running:  # in the background
+            await asyncio.sleep(0)
+    for _ in range(3):
+        await world.route(10, 20, urgent=True)
+    assert world.directory.reads == 2
+    world.ping.dead = {"B"}
+    world.directory.gate.set()
+    world.ping.gate.set()
+    async with asyncio.timeout(5):
+        while world.router.snapshot().pings["B"] != math.inf:  # the next search knows
+            await asyncio.sleep(0)
+    assert await world.route(10, 20, urgent=True) == [("D", "10:14"), ("E", "14:20")]
+
+
+async def test_an_urgent_search_reads_the_records_if_there_is_no_other_way():
+    world = World([*THREE])
+    assert len(await world.route(urgent=True)) == 3
+    world.router.report_failure("B")
+    world.directory.records = [*THREE, *SPARES]
+    assert await world.route(10, 20, urgent=True) == [("D", "10:14"), ("E", "14:20")]
+    world.directory.records = [*THREE]
+    await world.router.refresh(force=True)
+    with pytest.raises(MissingBlocks, match="1 banned after a failure"):
+        await world.route(10, 20, urgent=True)
+
+
+async def test_clients_that_lost_the_same_server_do_not_all_take_the_same_other():
+    async def replacement(seed):
+        world = World([record(f"P{number}", 0, 30) for number in range(4)], rng=random.Random(seed))
+        return (await world.route(urgent=True))[0][0]
+
+    chosen = Counter([await replacement(seed) for seed in range(100)])
+    assert len(chosen) == 4
+    assert max(chosen.values()) < 50
+
+
+async def test_an_error_in_the_background_harms_nobody():
+    world = World([*THREE])
+    await world.route()
+    world.clock.now += 60
+    world.directory.error = NetworkError("no network")
+    assert len(await world.route(urgent=True)) == 3
+    await asyncio.sleep(0.01)
+    world.directory.error = None
+    world.clock.now += 60
+    assert len(await world.route()) == 3
+
+
+# --- adapters, and training -------------------------------------------------------------------------------------------
+
+
+async def test_only_servers_with_all_the_adapters_are_used():
+    world = World(
+        [
+            record("none", 0, 30, throughput=99.0),
+            record("one", 0, 30, throughput=99.0, adapters=("fr",)),
+            record("both", 0, 30, adapters=("de", "fr", "es")),
+        ]
+    )
+    assert await world.route(adapters={"fr", "de"}) == [("both", "0:30")]
+    with pytest.raises(MissingBlocks, match=r"\(3 without the adapters\)"):
+        await world.route(adapters={"it"})
+
+
+async def test_training_puts_all_servers_to_work():
+    world = World([record("A", 0, 30, throughput=10.0), record("B", 0, 30, throughput=30.0)])
+    chosen = Counter([(await world.route(mode="throughput"))[0][0] for _ in range(400)])
+    assert 60 <= chosen["A"] <= 140
+    assert world.ping.called == {}
+    with pytest.raises(MissingBlocks):
+        await world.route(mode="throughput", exclude={"A", "B"})

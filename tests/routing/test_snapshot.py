@@ -1,5 +1,9 @@
 import math
 import random
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.dht import ServerRecord
@@ -70,6 +74,64 @@ def test_a_snapshot_does_not_follow_its_sources():
     snapshot = Snapshot.build(4, [], pings, 0.0)
     pings["A"] = 5.0
     assert snapshot.pings == {"A": 0.1}
+
+
+def random_record(rng, number, num_peers):
+    others = rng.sample(range(num_peers), rng.randint(0, min(5, num_peers)))
+    start = rng.randrange(8)
+    return record(
+        f"P{number}",
+        start,
+        rng.randint(start + 1, 9),  # 9 lies outside the model
+        rng.choice(list(ServerState)),
+        expires=rng.choice([1.0, 2.0, 3.0]),
+        throughput=rng.choice([0.0, 5.0, 50.0]),
+        pings={f"P{other}": rng.uniform(0, 1) for other in others if other != number},
+    )
+
+
+def assert_same(one, other):
+    assert one.servers == other.servers
+    for name in ("rows", "start", "end", "online", "cache_left", "session_rows", "entry", "block"):
+        assert (getattr(one.table, name) == getattr(other.table, name)).all(), name
+    assert one.table.index == other.table.index
+    for server in range(len(one.servers)):
+        assert (one.table.edges.of_server(server) == other.table.edges.of_server(server)).all()
+    assert (one.table.edges.of_client({"P1": 0.2}) == other.table.edges.of_client({"P1": 0.2})).all()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_snapshot_kept_up_to_date_is_the_same_as_a_new_one(seed):
+    rng = random.Random(seed)
+    num_peers = rng.randint(1, 12)
+    kept = Snapshot.build(8, [], {}, 0.0)
+    for _ in range(4):
+        records = [random_record(rng, number, num_peers) for number in range(num_peers) if rng.random() < 0.8]
+        before = {one.peer_id: one for one in kept.servers}
+        kept = kept.refreshed(records, {}, 1.0)
+        same = [
+            old if (old := before.get(one.peer_id)) is not None and old.expires == one.expires else one
+            for one in records
+        ]
+        assert_same(kept, Snapshot.build(8, same, {}, 1.0))
+        said = {f"P{n}": random_record(rng, n, num_peers).info for n in range(num_peers) if rng.random() < 0.5}
+        earlier, kept = kept, kept.updated(said)
+        told = [replace(one, info=said.get(one.peer_id, one.info)) for one in earlier.servers]
+        assert_same(kept, Snapshot.build(8, told, {}, 1.0))
+        assert_same(earlier, Snapshot.build(8, earlier.servers, {}, 1.0))  # nothing is changed in place
+
+
+def test_edges_of_the_table_are_those_of_the_costs():
+    rng = random.Random(4)
+    snapshot = Snapshot.build(9, [random_record(rng, number, 12) for number in range(12)], {"P3": 0.3}, 0.0)
+    for one in snapshot.servers:
+        row = snapshot.table.edges.of_peer(one.peer_id)
+        for position, other in enumerate(snapshot.servers):
+            assert abs(row[position] / 1e9 - edge_time(snapshot, one.peer_id, other.peer_id)) < 1e-9
+        client = snapshot.table.edges.of_client(snapshot.pings)[snapshot.table.index[one.peer_id]]
+        assert abs(client / 1e9 - edge_time(snapshot, None, one.peer_id)) < 1e-9
+    assert set(snapshot.table.edges.of_peer("stranger")) == {round(UNKNOWN_ROUND_TRIP / 2 * 1e9)}
 
 
 def test_format_blocks():

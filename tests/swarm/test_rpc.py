@@ -12,7 +12,7 @@ import pytest
 from hivemind.p2p import P2PContext
 from hivemind.proto import runtime_pb2
 
-from swarm.data_structures import BlockSpan, ServerInfo, ServerState
+from swarm.data_structures import BlockSpan, OpeningAnswer, ServerInfo, ServerState
 from swarm.errors import MessageTooLarge, PeerRefused, PeerTimeout, PeerUnreachable, ProtocolError
 from swarm.node import Node, NodeConfig
 from swarm.protocol import (
@@ -26,7 +26,7 @@ from swarm.protocol import (
     PushFailed,
     pack,
 )
-from swarm.rpc import FrameStream, open_stream, ping, server_info, upload_rate
+from swarm.rpc import FrameStream, open_stream, ping, server_info, timed_info, upload_rate
 
 LIMIT = 30.0  # seconds for what takes milliseconds on an idle machine
 INFO = ServerInfo(
@@ -162,8 +162,10 @@ class Answers:
         self.answer: bytes | Exception | None = None
         self.upload_time = 0.0
         self.uploads: list[int] = []
+        self.questions: list[str] = []
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
+        self.questions.append(request.uid)
         if isinstance(self.answer, Exception):
             raise self.answer
         if self.answer is None:
@@ -191,6 +193,18 @@ async def test_questions_to_a_server_and_foreign_errors_as_ours() -> None:
         answers.answer = INFO.model_dump_json().encode()
         assert await server_info(client.p2p, server.peer_id, LIMIT) == INFO
         assert 0 < await ping(client.p2p, server.peer_id, LIMIT) < LIMIT
+        seconds, answer = await timed_info(client.p2p, server.peer_id, LIMIT)
+        assert 0 < seconds < LIMIT
+        assert answer == OpeningAnswer(info=INFO)
+        assert answers.questions == ["", "", ""]
+
+        standing = OpeningAnswer(info=INFO, before=("a" * 16,), opened=("b" * 16, "c" * 16))
+        answers.answer = standing.model_dump_json().encode()
+        assert (await timed_info(client.p2p, server.peer_id, LIMIT, "d" * 16))[1] == standing
+        assert answers.questions[-1] == "opening/dddddddddddddddd"
+        answers.answer = INFO.model_dump_json().encode()
+        with pytest.raises(ProtocolError, match="sent a bad description of itself"):
+            await timed_info(client.p2p, server.peer_id, LIMIT, "d" * 16)
 
         assert await upload_rate(client.p2p, server.peer_id, LIMIT) > 2**20 / LIMIT
         assert answers.uploads == [2**16, 2**20]

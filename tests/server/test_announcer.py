@@ -1,0 +1,93 @@
+"""What a server measures of the ways to others."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from swarm.data_structures import MAX_NEXT_PINGS, BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.dht import ServerRecord
+from swarm.errors import PeerTimeout
+from swarm.server.announcer import MAX_PINGS, Announcer
+
+
+def info(start, end):
+    return ServerInfo(
+        state=ServerState.ONLINE,
+        span=BlockSpan(start=start, end=end),
+        throughput=1.0,
+        numerics="x",
+        cache_tokens_left=5,
+    )
+
+
+class World:
+    """An announcer of blocks 0:4 among servers whose distances a test sets."""
+
+    def __init__(self, monkeypatch, records):
+        self.round_trips = {}
+        self.asked = []
+        self.records = records
+        model = ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12)
+        self.announcer = Announcer(
+            SimpleNamespace(p2p=None, peer_id="me", complaints=None), model, lambda: info(0, 4), 20.0
+        )
+        self.announcer._directory = SimpleNamespace(servers=self.servers)
+        self.announcer._upload_after = float("inf")
+        monkeypatch.setattr("swarm.server.announcer.ping", self.ping)
+
+    async def servers(self, fingerprint):
+        return self.records
+
+    async def ping(self, p2p, peer_id, timeout):
+        self.asked.append(peer_id)
+        if self.round_trips[peer_id] is None:
+            raise PeerTimeout("it did not answer")
+        return self.round_trips[peer_id]
+
+    async def look_around(self):
+        await self.announcer._look_around()
+        return self.announcer.next_pings
+
+
+def server(peer_id, start, end):
+    return ServerRecord(peer_id, info(start, end), expires=100.0)
+
+
+async def test_only_holders_of_the_next_block_are_pinged(monkeypatch):
+    world = World(
+        monkeypatch, [server("before", 0, 4), server("next", 4, 8), server("over", 2, 6), server("far", 6, 12)]
+    )
+    world.round_trips = {"next": 0.1, "over": 0.2}
+    assert await world.look_around() == {"next": 0.1, "over": 0.2}
+
+
+async def test_the_first_call_connects_and_later_ones_are_smoothed(monkeypatch):
+    world = World(monkeypatch, [server("next", 4, 8)])
+    world.round_trips = {"next": 0.1}
+    await world.look_around()
+    assert world.asked == ["next", "next"]
+    world.round_trips = {"next": 0.2}
+    assert 0.1 < (await world.look_around())["next"] < 0.2
+    assert world.asked == ["next"] * 3
+
+
+async def test_who_does_not_answer_or_left_is_not_announced(monkeypatch):
+    world = World(monkeypatch, [server("A", 4, 8), server("B", 4, 8)])
+    world.round_trips = {"A": 0.1, "B": 0.2}
+    assert len(await world.look_around()) == 2
+    world.round_trips["A"] = None
+    assert await world.look_around() == {"B": pytest.approx(0.2)}
+    world.records = [world.records[0]]
+    assert await world.look_around() == {}
+
+
+async def test_few_are_pinged_at_a_time_and_only_the_nearest_announced(monkeypatch):
+    number = 2 * MAX_NEXT_PINGS
+    world = World(monkeypatch, [server(f"P{one}", 4, 8) for one in range(number)])
+    world.round_trips = {f"P{one}": 0.001 * (one + 1) for one in range(number)}
+    await world.look_around()
+    assert len(set(world.asked)) == MAX_PINGS
+    while len(set(world.asked)) < number:
+        pings = await world.look_around()
+    assert pings.keys() == {f"P{one}" for one in range(MAX_NEXT_PINGS)}
+    info(0, 4).model_validate({**info(0, 4).model_dump(), "next_pings": pings})  # fits into a record
