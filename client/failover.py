@@ -134,7 +134,7 @@ class Failover:
         trust_announcements = not isinstance(error, SessionLost)
         while True:
             try:
-                found = await self._open(gap, trust_announcements=trust_announcements, retries=retries)
+                found = await self._open(gap, trust_announcements=trust_announcements, urgent=True, retries=retries)
                 break
             except (*STEP_FAILURES, RoutingError, NetworkError) as problem:
                 await self._before_retry(retries, problem)
@@ -208,21 +208,23 @@ class Failover:
         *,
         exclude: Collection[str] = (),
         trust_announcements: bool = True,
+        urgent: bool = False,
         retries: Retries | None = None,
     ) -> list[Hop]:
         """One attempt: find a chain for the gap, and let it take over. All or nothing.
 
         trust_announcements: leave out servers that announced too little room, without asking them.
+        urgent: the session stands still; see `Router.find_chain`.
         retries: how long to wait in an overcommitted server's line if there is no room elsewhere; None: not at all.
         """
         gap.asked_at = time.monotonic()
         cache_tokens = self._num_rows * self._max_length if trust_announcements else 0
-        chain = await self._find_chain(gap, exclude, cache_tokens)
+        chain = await self._find_chain(gap, exclude, cache_tokens, urgent)
         if gap.lost is not None:
             self._check_numerics(gap.lost.link, chain)
         return await self.takeover.run(gap, chain, lambda link, error: self._wait_in_line(link, error, retries))
 
-    async def _find_chain(self, gap: Gap, exclude: Collection[str], cache_tokens: int) -> Chain:
+    async def _find_chain(self, gap: Gap, exclude: Collection[str], cache_tokens: int, urgent: bool) -> Chain:
         lost = gap.lost
         try:
             return await self._router.find_chain(
@@ -232,6 +234,7 @@ class Failover:
                 exclude=self._full.union(exclude),
                 source=None if gap.before is None else gap.before.link.peer_id,
                 sink=None if gap.after is None else gap.after.link.peer_id,
+                urgent=urgent,
             )
         except (RoutingError, CacheFull) as error:
             if not self._full:
@@ -254,6 +257,7 @@ class Failover:
                 cache_tokens=self._num_rows * self._max_length,
                 numerics=link.numerics,
                 exclude=self._full | {link.peer_id},
+                urgent=True,
             )
         except (RoutingError, NetworkError, CacheFull):
             return False

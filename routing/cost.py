@@ -3,7 +3,7 @@
 The time of a chain is the sum, over its servers in order, of
 
     edge_time     one way from the peer before (the client, for the first): half of a measured, smoothed round trip;
-                  `UNKNOWN_ROUND_TRIP` where nobody measured it
+                  `UNKNOWN_ROUND_TRIP` where nobody measured it, `SAME_PEER_TIME` from a peer to itself
   + entry_time    what a server spends on a step whatever its blocks: `HOP_TIME`, the rest of the batch that it works
                   on when the step arrives, and `RELAY_TIME` if it is behind a relay
   + span_time     the blocks that are used: their share of a decode step through the whole span, in a batch with the
@@ -43,6 +43,11 @@ HOP_TIME = 0.002
 #: Seconds added for each hop to a server behind a relay: the relay shares its line among many and may drop connections.
 RELAY_TIME = 0.05
 
+#: Seconds charged for going on at the peer where the hidden states are already. Within a chain that never happens, but
+#: a part that is rebuilt may meet the peer before or after it: a hop for nothing, and no new peer to trust. So it is
+#: taken only where nobody else holds the blocks.
+SAME_PEER_TIME = 30.0
+
 #: What each further row adds to a batch, as a share of the step of one row, where a server announced one figure only.
 #: Measured for SmolLM2's blocks on a CPU: 0.08.
 ROW_SHARE = 0.1
@@ -60,7 +65,7 @@ def edge_time(snapshot: Snapshot, from_peer: str | None, to_peer: str | None) ->
     Half of the round trip, which is the same both ways: the client measured its own, servers announce theirs.
     """
     if from_peer == to_peer:
-        return 0.0
+        return 0.0 if from_peer is None else SAME_PEER_TIME
     if from_peer is None or to_peer is None:
         return snapshot.pings.get(from_peer or to_peer or "", UNKNOWN_ROUND_TRIP) / 2
     one, other = snapshot.get(from_peer), snapshot.get(to_peer)

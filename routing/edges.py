@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .cost import UNKNOWN_ROUND_TRIP
+from .cost import SAME_PEER_TIME, UNKNOWN_ROUND_TRIP
 from .units import Integers, nanoseconds
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Edges:
         return None if position is None else self._infos[position]
 
     def of_server(self, server: int) -> Integers:
-        """Between this server and each; none to itself."""
+        """Between this server and each."""
         if (row := self._rows.get(server)) is None:
             row = self._make_row(server)
             if len(self._rows) >= _MAX_ROWS:
@@ -93,7 +93,7 @@ class Edges:
             other = self._index[peer_id]
             theirs = info.next_pings.get(peer_id, math.inf)
             row[other] = nanoseconds(min(ping, theirs) / 2)
-        row[server] = 0
+        row[server] = nanoseconds(SAME_PEER_TIME)
         return row
 
     @cached_property

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from swarm.data_structures import MAX_NEXT_PINGS, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
 from swarm.errors import SwarmError
+from swarm.line_rate import LineRate
 from swarm.node import Node
 from swarm.routing.ping import PingTable
 from swarm.rpc import ping, upload_rate
@@ -24,7 +25,8 @@ PERIODS_TO_LIVE = 3
 #: Servers that hold the next block are pinged, this many in each period, so that clients know the links between us.
 MAX_PINGS = 5
 PING_TIMEOUT = 2.0
-#: The way to others is measured to so many of them, with 1 MiB each at most, and again once in so many seconds.
+#: The way to others is measured to so many of them, with 1 MiB each at most, and again once in so many seconds;
+#: before it is settled, in each period.
 MAX_UPLOADS = 3
 UPLOAD_TIMEOUT = 5.0
 UPLOAD_RETRY = 300.0  # seconds after nobody answered
@@ -47,8 +49,8 @@ class Announcer:
         self._info = info
         self._period = period
         self._pings = PingTable(unreachable_time=0.0)  # to servers that hold the next block
-        #: bytes/s to others of the swarm (the median of a few); None while nobody else was measured
-        self.network_rate: float | None = None
+        #: to others of the swarm (the median of a few)
+        self.network_rate = LineRate()
         self._upload_after = 0.0
         self._touched = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -145,6 +147,7 @@ class Announcer:
             except Exception as error:  # whatever a stranger answers, the heartbeat goes on
                 logger.info("could not measure the way to %s: %r", peer, error)
         if rates:
-            self.network_rate = statistics.median(rates)
+            self.network_rate.add(statistics.median(rates))
         if others:
-            self._upload_after = time.monotonic() + (UPLOAD_PERIOD if rates else UPLOAD_RETRY)
+            pause = UPLOAD_RETRY if not rates else UPLOAD_PERIOD if self.network_rate.is_settled else 0.0
+            self._upload_after = time.monotonic() + pause

@@ -196,7 +196,7 @@ class Server:
             throughput=0.0 if speed is None else speed.throughput,
             decode_times=() if speed is None else speed.decode_times,
             forward_rate=None if speed is None else speed.forward_rate,
-            network_rate=None if announcer is None else announcer.network_rate,
+            network_rate=None if announcer is None else announcer.network_rate.value,
             running_rows=load.running_rows,
             waiting_rows=load.waiting_rows,
             busy_rows=self._load_average.rows,

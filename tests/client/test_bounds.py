@@ -81,7 +81,7 @@ def test_the_error_names_the_blocks_that_nobody_holds(swarm):
 def test_a_dead_server_is_not_dialled_again_within_its_ban(swarm):
     client = swarm.connect(ban_time=10.0)
     now = time.monotonic()
-    client.router._clock = lambda: now
+    swarm.clock = lambda: now
     user = client.user()
     user.step(3)
     swarm["B"].die()
@@ -107,7 +107,7 @@ def test_a_step_that_is_tried_again_does_not_prolong_the_ban(swarm):
     """The client closed its session on B itself when it gave up: that is no news of B."""
     client = swarm.connect(ban_time=10.0, max_retries=1)
     now = time.monotonic()
-    client.router._clock = lambda: now
+    swarm.clock = lambda: now
     user = client.user()
     user.step(3)
     for name in "BE":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -42,6 +43,7 @@ class FakeSwarm:
         self.servers: dict[str, FakeServer] = {}
         self.settings: dict[str, Any] = {"retry_delay": 0.01, "max_retry_delay": 0.02, "retry_time": 20.0}
         self.directory_error: SwarmError | None = None
+        self.clock = time.monotonic  # of routers
         self.users: list[User] = []
         self._tasks: set[asyncio.Task[None]] = set()
         monkeypatch.setattr("swarm.client.block_client.open_stream", self._open_stream)
@@ -63,6 +65,7 @@ class FakeSwarm:
             num_blocks,
             "Fake",
             RouterConfig(**config.model_dump(include=set(RouterConfig.model_fields))),
+            clock=lambda: self.clock(),
             rng=random.Random(0),
         )
         return FakeConnection(self, router, config, num_blocks)

@@ -305,6 +305,22 @@ def test_source_and_sink_decide_where_a_replacement_should_be():
     assert route(find_chain(snapshot, span(4, 8), cache_tokens=1, source="before", sink="after")) == [("B", "4:8")]
 
 
+def test_a_neighbour_fills_a_gap_only_where_nobody_else_can():
+    records = [
+        record("before", 0, 8, throughput=1000.0),
+        record("slow", 4, 6, throughput=20.0),
+        record("after", 6, 12, throughput=1000.0),
+    ]
+    snapshot = picture(12, records)
+
+    def found(start, end):
+        return route(find_chain(snapshot, span(start, end), cache_tokens=1, source="before", sink="after"))
+
+    assert found(4, 6) == [("slow", "4:6")]
+    assert found(4, 8) == [("slow", "4:6"), ("before", "6:8")]
+    assert found(2, 4) == [("before", "2:4")]
+
+
 def test_preferred_numerics_come_first_and_others_when_they_must():
     records = [
         record("A", 0, 4, numerics="fp32", throughput=1.0),

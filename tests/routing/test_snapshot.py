@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.routing.cost import HOP_TIME, SLOWEST_THROUGHPUT, UNKNOWN_ROUND_TRIP, edge_time, span_time
+from swarm.routing.cost import HOP_TIME, SAME_PEER_TIME, SLOWEST_THROUGHPUT, UNKNOWN_ROUND_TRIP, edge_time, span_time
 from swarm.routing.snapshot import Snapshot, format_blocks
 
 
@@ -147,7 +147,8 @@ def test_edges():
     assert edge_time(snapshot, "A", "B") == edge_time(snapshot, "B", "A") == 0.01
     assert edge_time(snapshot, None, "B") == math.inf
     assert edge_time(snapshot, None, "C") == edge_time(snapshot, "A", "C") == UNKNOWN_ROUND_TRIP / 2
-    assert edge_time(snapshot, "A", "A") == edge_time(snapshot, None, None) == 0.0
+    assert edge_time(snapshot, None, None) == 0.0
+    assert edge_time(snapshot, "A", "A") == SAME_PEER_TIME
 
 
 def test_span_time_is_the_share_of_the_span():

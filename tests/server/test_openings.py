@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from hivemind.proto import runtime_pb2
 
+from swarm.codecs import Codec
 from swarm.data_structures import MAX_OPENINGS, BlockSpan, OpeningAnswer, ServerInfo, ServerState
 from swarm.errors import PeerRefused
 from swarm.protocol import OPENING_QUESTION, OpenSession
@@ -127,7 +128,14 @@ async def test_the_handler_keeps_the_line():
         return OpeningAnswer.model_validate_json(response.serialized_info)
 
     def open_session(peer, weights):
-        request = OpenSession(session_id="0" * 32, fingerprint=weights, span=INFO.span, num_rows=1, max_length=8)
+        request = OpenSession(
+            session_id="0" * 32,
+            fingerprint=weights,
+            span=INFO.span,
+            num_rows=1,
+            max_length=8,
+            output_codec=Codec.FLOAT32,
+        )
         return handler.open_session(request, peer)
 
     await ask("A", 1)
