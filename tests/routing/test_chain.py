@@ -317,7 +317,7 @@ def test_a_neighbour_fills_a_gap_only_where_nobody_else_can():
         return route(find_chain(snapshot, span(start, end), cache_tokens=1, source="before", sink="after"))
 
     assert found(4, 6) == [("slow", "4:6")]
-    assert found(4, 8) == [("slow", "4:6"), ("before", "6:8")]
+    assert [peer_id for peer_id, _ in found(4, 8)] == ["slow", "before"]
     assert found(2, 4) == [("before", "2:4")]
 
 
