@@ -21,6 +21,7 @@ from swarm.errors import (
     PeerError,
     PeerUnreachable,
     ProtocolError,
+    QuotaExceeded,
     RoutingError,
     SessionLost,
     SwarmError,
@@ -40,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 #: A server that fails this way is replaced; the same request may succeed elsewhere.
 SERVER_FAULTS = (PeerError, EngineError, ProtocolError)
-#: A step that fails this way goes on elsewhere, or later; a full cache is no fault of anybody.
-STEP_FAILURES = (*SERVER_FAULTS, CacheFull)
+#: No room for this session, or no more for this client: ask others first, and again later. No fault of anybody.
+NO_ROOM = (CacheFull, QuotaExceeded)
+#: A step that fails this way goes on elsewhere, or later.
+STEP_FAILURES = (*SERVER_FAULTS, *NO_ROOM)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Failover:
         self._num_rows = num_rows
         self._max_length = max_length
         self._warned_of: set[str] = set()
-        self._full: set[str] = set()
+        #: servers without room for this session, and what they said
+        self._full: dict[str, str] = {}
         self.replacements: list[Replacement] = []
 
     def retries(self) -> Retries:
@@ -178,7 +182,7 @@ class Failover:
                 self._router.report_success(hop.link.peer_id)
 
     async def _before_retry(self, retries: Retries, error: SwarmError) -> None:
-        if isinstance(error, CacheFull) and self._full:
+        if isinstance(error, NO_ROOM) and self._full:
             retries.uncounted(error)  # servers are left that we did not ask yet
         else:
             await retries.after(error, wait=not isinstance(error, SERVER_FAULTS))
@@ -231,7 +235,7 @@ class Failover:
                 gap.span,
                 cache_tokens=cache_tokens,
                 numerics=None if lost is None else lost.link.numerics,
-                exclude=self._full.union(exclude),
+                exclude={*self._full, *exclude},
                 source=None if gap.before is None else gap.before.link.peer_id,
                 sink=None if gap.after is None else gap.after.link.peer_id,
                 urgent=urgent,
@@ -239,8 +243,9 @@ class Failover:
         except (RoutingError, CacheFull) as error:
             if not self._full:
                 raise
+            said = "; ".join(sorted(set(self._full.values())))
             self._full.clear()  # ask them again after a pause: sessions end all the time
-            raise CacheFull(f"no server of blocks {gap.span} has room for the session: {error}") from error
+            raise CacheFull(f"no server of blocks {gap.span} has room for the session ({said}): {error}") from error
 
     async def _wait_in_line(self, link: ChainLink, error: SwarmError, retries: Retries | None) -> bool:
         """Whether a server that failed in a replay shall be asked again, after a pause; else it is reported."""
@@ -256,7 +261,7 @@ class Failover:
                 link.span,
                 cache_tokens=self._num_rows * self._max_length,
                 numerics=link.numerics,
-                exclude=self._full | {link.peer_id},
+                exclude={*self._full, link.peer_id},
                 urgent=True,
             )
         except (RoutingError, NetworkError, CacheFull):
@@ -266,8 +271,8 @@ class Failover:
     def _report(self, link: ChainLink, error: SwarmError) -> None:
         """Blame a server for its failure. A full one is only asked after others, one that lost a session may open
         it anew."""
-        if isinstance(error, CacheFull):
-            self._full.add(link.peer_id)
+        if isinstance(error, NO_ROOM):
+            self._full[link.peer_id] = str(error)
         elif not isinstance(error, SessionLost):
             self._router.report_failure(link.peer_id)
 

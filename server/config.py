@@ -139,8 +139,8 @@ class ServerConfig(BaseModel):
     """Streams that one peer may have open at once: one for each session, besides those that it pushes over."""
 
     max_bytes_in_flight_per_peer: MemorySize = ByteSize(QuotaLimits.max_bytes_in_flight)
-    """Bytes of one peer's tensors that are read, computed on or waiting to be sent back, as a number or "128MiB".
-    What goes beyond is not read until there is room."""
+    """Bytes of one peer's tensors that are read, computed on or answered, as a number or "128MiB". What goes beyond is
+    not read until there is room."""
 
     requests_per_second_per_peer: Annotated[float, Field(gt=0, le=1e9)] = QuotaLimits.requests_per_second
     """Requests that one peer may make in a second, in the long run; more are read later."""

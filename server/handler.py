@@ -19,6 +19,7 @@ from swarm.errors import (
     PeerRefused,
     PeerUnreachable,
     ProtocolError,
+    QuotaExceeded,
     SessionLost,
     SwarmError,
 )
@@ -27,15 +28,15 @@ from swarm.protocol import (
     MAX_UPLOAD_BYTES,
     PUSH_STREAM,
     BlockProtocol,
-    Message,
     OpenPush,
     OpenSession,
     StepRequest,
 )
-from swarm.rpc import FrameStream, clock
+from swarm.rpc import FrameStream
 
 from .engine import Engine
 from .openings import Openings
+from .quotas import Hold, PeerQuotas
 from .session_stream import SessionStream, error_reply
 from .sessions import Session, SessionTable
 
@@ -55,6 +56,7 @@ class Handler:
         *,
         fingerprint: str,
         info: Callable[[], ServerInfo],
+        quotas: PeerQuotas,
         idle_limit: float,
         step_timeout: float,
     ):
@@ -64,6 +66,7 @@ class Handler:
         self._info = info
         self.idle_limit = idle_limit
         self.step_timeout = step_timeout
+        self.quotas = quotas
         self._openings = Openings()
         self.p2p: P2P
         self.by_session: dict[str, SessionStream] = {}
@@ -77,10 +80,12 @@ class Handler:
         await p2p.add_binary_stream_handler(PUSH_STREAM, self._serve_pushes)
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
+        await self.quotas.request(str(context.remote_id))
         answer = self._openings.answer(request.uid, str(context.remote_id), self._info())
         return runtime_pb2.ExpertInfo(serialized_info=answer.model_dump_json().encode())
 
     async def rpc_upload(self, request: runtime_pb2.ExpertInfo, context: P2PContext) -> runtime_pb2.ExpertUID:
+        await self.quotas.request(str(context.remote_id))
         size = len(request.serialized_info)
         if size > MAX_UPLOAD_BYTES:
             raise MessageTooLarge(f"an upload of {size} bytes is over the limit of {MAX_UPLOAD_BYTES}")
@@ -114,62 +119,75 @@ class Handler:
         return session
 
     async def _serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream = SessionStream(self, FrameStream(reader, writer), str(info.peer_id))
-        self._streams.add(stream)
+        frames, peer_id = FrameStream(reader, writer), str(info.peer_id)
         try:
-            await stream.run()
-        finally:
-            self._streams.discard(stream)
+            hold = self.quotas.stream(peer_id)
+        except QuotaExceeded as error:
+            await _turn_away(frames, peer_id, error)
+            return
+        with hold:
+            stream = SessionStream(self, frames, peer_id)
+            self._streams.add(stream)
+            try:
+                await stream.run()
+            finally:
+                self._streams.discard(stream)
 
     async def _serve_pushes(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Steps that a server pushes. Complaints about it go back to it, others to the owner of the session."""
-        stream = FrameStream(reader, writer)
+        stream, peer_id = FrameStream(reader, writer), str(info.peer_id)
         try:
-            await self._take_pushes(stream, str(info.peer_id))
+            with self.quotas.stream(peer_id) as hold:
+                await self._take_pushes(stream, peer_id, hold)
         except PeerUnreachable:
             pass  # the usual end
         except SwarmError as error:
-            logger.info("refused a push of %s: %.300r", info.peer_id, error)
-            with contextlib.suppress(PeerUnreachable):
-                await stream.send(error_reply(error))
+            await _turn_away(stream, peer_id, error)
         except TimeoutError:
             logger.info("closed a stream of %s, which did not say within %g s what for", info.peer_id, PUSH_PATIENCE)
         finally:
             stream.close()
 
-    async def _take_pushes(self, stream: FrameStream, peer_id: str) -> None:
+    async def _take_pushes(self, stream: FrameStream, peer_id: str, place: Hold) -> None:
+        """place: among the streams of this peer. Given up once the stream belongs to a session, which bounds it."""
         async with asyncio.timeout(PUSH_PATIENCE):
-            opening, _ = await stream.receive(_no_tensor)
+            opening, size = await stream.receive_header()
         if not isinstance(opening, OpenPush):
             raise ProtocolError(f"a push stream begins with OpenPush, not {type(opening).__name__}")
-
-        def check(message: Message, payload_size: int) -> None:
-            if not isinstance(message, StepRequest):
-                raise ProtocolError(f"a push stream takes no {type(message).__name__} messages")
-            self._pushed_session(opening.session_id, peer_id).check_payload(payload_size)
+        if size:
+            raise ProtocolError("OpenPush messages carry no tensor")
 
         # The session may open only now, and its first step take long to come through the servers before us.
         expiry = asyncio.get_running_loop().call_later(PUSH_PATIENCE, self._adopt_or_close, stream, opening, peer_id)
         try:
             while True:
-                message, payload = await stream.receive(check)
-                assert isinstance(message, StepRequest)
-                # Asked again: while the tensor arrived, the owner may have named another server, or left.
+                message, size = await stream.receive_header()
+                if not isinstance(message, StepRequest):
+                    raise ProtocolError(f"a push stream takes no {type(message).__name__} messages")
                 session = self._pushed_session(opening.session_id, peer_id)
-                session.incoming.add(stream)
+                session.check_payload(size)
+                payload, hold = await session.receive_tensor(stream, size)
                 try:
-                    session.accept(message, payload, clock(), pushed=True)
+                    # Asked again: while the tensor arrived, the owner may have named another server, or left.
+                    session = self._pushed_session(opening.session_id, peer_id)
+                except SwarmError:
+                    hold.release()
+                    raise
+                session.adopt(stream)
+                place.release()
+                try:
+                    session.accept(message, payload, hold, pushed=True)
                 except SwarmError as error:
                     await session.refuse_pushed(error, message.step)
         finally:
             expiry.cancel()
             if opening.session_id in self.by_session:
-                self.by_session[opening.session_id].incoming.discard(stream)
+                self.by_session[opening.session_id].forget(stream)
 
     def _adopt_or_close(self, stream: FrameStream, opening: OpenPush, peer_id: str) -> None:
         """A push stream is kept as long as the session that it is for; one that is for none was opened in vain."""
         try:
-            self._pushed_session(opening.session_id, peer_id).incoming.add(stream)
+            self._pushed_session(opening.session_id, peer_id).adopt(stream)
         except SwarmError as error:
             logger.info("closed a push stream of %s: %.300r", peer_id, error)
             stream.abort()
@@ -183,6 +201,9 @@ class Handler:
         return session
 
 
-def _no_tensor(message: Message, payload_size: int) -> None:
-    if payload_size:
-        raise ProtocolError(f"{type(message).__name__} messages carry no tensor")
+async def _turn_away(stream: FrameStream, peer_id: str, error: SwarmError) -> None:
+    """Say why, and close the stream."""
+    logger.info("refused a stream of %s: %.300r", peer_id, error)  # it may quote a stranger
+    with contextlib.suppress(PeerUnreachable):
+        await stream.send(error_reply(error))
+    stream.close()

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for the next server to take the connection. Then the client carries the outputs itself.
 CONNECT_TIMEOUT = 5.0
+#: Seconds for a step to leave, over a link that may be slow to a server that may wait for room.
+SEND_TIMEOUT = 60.0
 
 
 class PushLink:
@@ -53,9 +55,13 @@ class PushLink:
         try:
             stream = await asyncio.shield(self._stream)
             if self._broken is None:
-                await stream.send(request, payload)
+                async with asyncio.timeout(SEND_TIMEOUT):
+                    await stream.send(request, payload)
         except SwarmError as error:
             self._broken = str(error)
+        except TimeoutError:
+            self._broken = f"it did not take a step within {SEND_TIMEOUT:g} s"
+            stream.abort()
         if self._broken is not None:
             self._complain(self._broken)
 

@@ -30,7 +30,7 @@ class QuotaLimits:
     max_sessions: int = 256
     max_streams: int = 512
     max_bytes_in_flight: int = 128 * 2**20
-    requests_per_second: float = 5_000.0
+    requests_per_second: float = 10_000.0
     request_burst: int = 10_000
 
 
@@ -39,6 +39,10 @@ class Hold:
 
     def __init__(self, give_back: Callable[[], None]):
         self._give_back: Callable[[], None] | None = give_back
+
+    @classmethod
+    def of_nothing(cls) -> Hold:
+        return cls(lambda: None)
 
     def release(self) -> None:
         give_back, self._give_back = self._give_back, None

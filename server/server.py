@@ -28,6 +28,7 @@ from .load_average import LoadAverage
 from .memory import usable_memory
 from .numerics import numerics_tag
 from .precision import choose_dtype, choose_quantization, has_native_bfloat16
+from .quotas import PeerQuotas
 from .sessions import SessionTable
 from .sizing import Plan, block_size, plan
 from .span import Span
@@ -132,6 +133,7 @@ class Server:
             sessions,
             fingerprint=fingerprint,
             info=self._info,
+            quotas=PeerQuotas(config.quota_limits),
             idle_limit=config.session_idle_limit,
             step_timeout=config.step_timeout,
         )

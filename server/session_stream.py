@@ -38,6 +38,7 @@ from swarm.rpc import ONE_WRITE, FrameStream, clock
 from swarm.tensors import DTYPES, all_finite, decode, encode
 
 from .pushes import PushLink
+from .quotas import Hold
 from .sessions import Session
 from .tasks import StepOutput, StepTask
 
@@ -48,6 +49,10 @@ logger = logging.getLogger(__name__)
 
 #: Bytes that a step may bring beyond what its session reserved: then it is read, and refused with what is wrong.
 PAYLOAD_SLACK = 2**16
+#: Seconds in which a stream must open its session. Then the server's idle limit holds.
+OPENING_PATIENCE = 60.0
+#: Streams on which pushes may come for one session: of the server before it, and of the one in whose place that came.
+MAX_INCOMING = 2
 
 
 class SessionStream:
@@ -63,24 +68,26 @@ class SessionStream:
         self._newest: StepTask | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Timeout | None = None
-        #: streams of servers that push steps of this session
-        self.incoming: set[FrameStream] = set()
+        self._place = Hold.of_nothing()  # among the sessions of this peer
+        #: streams of servers that push steps of this session, oldest first
+        self.incoming: list[FrameStream] = []
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a stream is served by a task")
         self.task: asyncio.Task[object] = task
 
     async def run(self) -> None:
-        limit = self._handler.idle_limit
         try:
-            async with asyncio.timeout(limit) as self._idle:
+            async with asyncio.timeout(OPENING_PATIENCE) as self._idle:
                 while True:
-                    message, payload = await self._stream.receive(self._check_size)
+                    message, size = await self._stream.receive_header()
                     if isinstance(message, CloseSession):
                         return
-                    await self._dispatch(message, payload, clock())
+                    self._check_size(message, size)
+                    payload, hold = await self.receive_tensor(self._stream, size)
+                    await self._dispatch(message, payload, hold)
         except TimeoutError:
-            await self._refuse(SessionLost(f"no step for {limit:g} s: the session is closed"))
+            await self._refuse(SessionLost(self._why_too_late()))
         except PeerUnreachable:
             pass  # the usual end of a session
         except SwarmError as error:  # after which the stream cannot be understood any more
@@ -98,8 +105,39 @@ class SessionStream:
         if self._session is not None:
             self._handler.sessions.close(self._session)
             self._handler.by_session.pop(self._session.session_id, None)
+        self._place.release()
         for stream in (self._stream, *self.incoming):
             stream.close()
+
+    def _why_too_late(self) -> str:
+        if self._session is None:
+            return f"no session was opened within {OPENING_PATIENCE:g} s: the stream is closed"
+        return f"no step for {self._handler.idle_limit:g} s: the session is closed"
+
+    def adopt(self, stream: FrameStream) -> None:
+        """End a stream that brings pushes together with this session, or sooner if newer ones come."""
+        if stream not in self.incoming:
+            self.incoming.append(stream)
+            while len(self.incoming) > MAX_INCOMING:
+                self.incoming.pop(0).abort()
+
+    def forget(self, stream: FrameStream) -> None:
+        with contextlib.suppress(ValueError):
+            self.incoming.remove(stream)
+
+    async def receive_tensor(self, stream: FrameStream, size: int) -> tuple[bytes, Hold]:
+        """Read the tensor of the message that came last on `stream`, once this session's owner may send one more.
+
+        The caller must release the hold when the tensor has gone. Pushes count as their session's owner's as well: he
+        named who pushes, and that server carries the sessions of many.
+        """
+        await self._handler.quotas.request(self._peer_id)
+        hold = await self._handler.quotas.bytes(self._peer_id, size)
+        try:
+            return await stream.receive_payload(size), hold
+        except BaseException:
+            hold.release()
+            raise
 
     def _check_size(self, message: Message, payload_size: int) -> None:
         """Refuse a tensor before it takes memory: of somebody who holds no session here, or too large for his own."""
@@ -124,13 +162,15 @@ class SessionStream:
             raise SessionLost("no session was opened on this stream")
         return self._session
 
-    async def _dispatch(self, message: Message, payload: bytes, received_at: int) -> None:
+    async def _dispatch(self, message: Message, payload: bytes, hold: Hold) -> None:
         step = message.step if isinstance(message, StepRequest) else None
         try:
+            if isinstance(message, StepRequest):
+                self.accept(message, payload, hold, pushed=False)
+                return
+            hold.release()
             if isinstance(message, OpenSession):
                 await self._open(message)
-            elif isinstance(message, StepRequest):
-                self.accept(message, payload, received_at, pushed=False)
             elif isinstance(message, Relink):
                 await self._relink(message)
             else:
@@ -143,7 +183,14 @@ class SessionStream:
     async def _open(self, request: OpenSession) -> None:
         if self._session is not None:
             raise ProtocolError("a stream carries one session, and this one has its own already")
-        self._session = self._handler.open_session(request, self._peer_id)
+        place = self._handler.quotas.session(self._peer_id)
+        try:
+            self._session = self._handler.open_session(request, self._peer_id)
+        except SwarmError:
+            place.release()
+            raise
+        self._place = place
+        self._touch(self._handler.idle_limit)
         self._handler.by_session[request.session_id] = self
         self._connect_next(request.next)
         left = self._handler.engine.cache.tokens_left
@@ -163,16 +210,35 @@ class SessionStream:
             self._link.close()
         self._link = None if target is None else PushLink(self._handler.p2p, target, self._push_failed)
 
-    def accept(self, request: StepRequest, payload: bytes, received_at: int, *, pushed: bool) -> None:
+    def accept(self, request: StepRequest, payload: bytes, hold: Hold, *, pushed: bool) -> None:
         """Run a step; its answer goes to the owner. One that is older than the newest is a late duplicate, and dropped.
 
-        Raises SwarmError if it cannot be run as asked; the session is as it was then.
+        hold: of the payload, released when that is needed no more. Raises SwarmError if the step cannot be run as
+        asked; the session is as it was then.
         """
+        received_at = clock()
+        with contextlib.ExitStack() as refused:
+            refused.push(hold)
+            task, codec_time = self._check(request, payload)
+            if task is None:
+                return
+            refused.pop_all()
+        if self._newest is not None:
+            self._newest.future.cancel()  # its client has given it up
+        self._newest = task
+        self._touch(None)
+        work = asyncio.create_task(self._answer(request, task, received_at, codec_time, hold, pushed))
+        self._work.add(work)
+        work.add_done_callback(self._work.discard)
+        work.add_done_callback(lambda _: hold.release())
+
+    def _check(self, request: StepRequest, payload: bytes) -> tuple[StepTask | None, int]:
+        """The work that a step asks for, or None for a late duplicate, and how long its tensor took to decode."""
         session = self._own_session()
         session.check_alive()
         if request.step <= session.last_step:
             logger.info("dropped step %d of session %s: a late duplicate", request.step, session.session_id)
-            return
+            return None, 0
         span = self._handler.engine.span
         rows = session.check_step(request, span.hidden_size)
         started = clock()
@@ -184,13 +250,7 @@ class SessionStream:
         output_dtype = DTYPES.get(session.output_codec.value, torch.float32)
         task = StepTask(hidden, rows, *span.local(session.span), reorder=request.reorder, output_dtype=output_dtype)
         session.last_step = request.step
-        if self._newest is not None:
-            self._newest.future.cancel()  # its client has given it up
-        self._newest = task
-        self._touch(None)
-        work = asyncio.create_task(self._answer(request, task, received_at, codec_time, pushed))
-        self._work.add(work)
-        work.add_done_callback(self._work.discard)
+        return task, codec_time
 
     def _touch(self, seconds_left: float | None) -> None:
         """From now on, so many seconds without a step end the session; None: no limit, a step is running."""
@@ -200,12 +260,14 @@ class SessionStream:
                 self._idle.reschedule(when)
 
     async def _answer(
-        self, request: StepRequest, task: StepTask, received_at: int, codec_time: int, pushed: bool
+        self, request: StepRequest, task: StepTask, received_at: int, codec_time: int, hold: Hold, pushed: bool
     ) -> None:
         future = self._handler.engine.submit(task)
         try:
             async with asyncio.timeout(self._handler.step_timeout):
                 output = await asyncio.wrap_future(future)
+            if request.push:  # the next server may wait with reading until its quota has room: not for this one's
+                hold.release()
             await self._deliver(request, output, received_at, codec_time, pushed)
         except TimeoutError:
             text = f"the step did not finish within {self._handler.step_timeout:g} s"

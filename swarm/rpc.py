@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -78,28 +78,31 @@ class FrameStream:
         except (ConnectionError, RuntimeError, OSError) as error:
             raise PeerUnreachable(f"the connection broke: {error}") from error
 
-    async def receive(self, check: Callable[[Message, int], None] | None = None) -> tuple[Message, bytes]:
-        """Read one frame.
+    async def receive(self) -> tuple[Message, bytes]:
+        """Read one frame. Raises like `receive_header` and `receive_payload`."""
+        message, size = await self.receive_header()
+        return message, await self.receive_payload(size)
 
-        check: called with the message and its payload's length before the payload is read, so that what it refuses by
-        raising costs no memory; the stream is of no use afterwards.
+    async def receive_header(self) -> tuple[Message, int]:
+        """Read a message, and how many bytes its payload has. Those cost no memory until they are read, which must come
+        next; who does not want them can only close the stream.
+
         Raises PeerUnreachable at the stream's end, MessageTooLarge for a frame over the limits (of which nothing was
         read: the stream is of no use afterwards), ProtocolError for a header that is no message.
         """
-        try:
+        with _end_of_stream():
             header_size, payload_size = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
             if header_size > MAX_HEADER_BYTES or payload_size > MAX_PAYLOAD_BYTES:
                 raise MessageTooLarge(
                     f"a message of {header_size} + {payload_size} bytes is over the limit of "
                     f"{MAX_HEADER_BYTES} + {MAX_PAYLOAD_BYTES}"
                 )
-            message = unpack(await self._reader.readexactly(header_size))
-            if check is not None:
-                check(message, payload_size)
-            payload = await self._reader.readexactly(payload_size) if payload_size else b""
-        except (asyncio.IncompleteReadError, ConnectionError, OSError) as error:
-            raise PeerUnreachable("the other side closed the connection") from error
-        return message, payload
+            return unpack(await self._reader.readexactly(header_size)), payload_size
+
+    async def receive_payload(self, size: int) -> bytes:
+        """Read the tensor of the message that came last. Raises PeerUnreachable at the stream's end."""
+        with _end_of_stream():
+            return await self._reader.readexactly(size) if size else b""
 
     @property
     def backlog(self) -> int:
@@ -113,6 +116,14 @@ class FrameStream:
     def close(self) -> None:
         with contextlib.suppress(Exception):  # a stream that cannot be closed is closed
             self._writer.close()
+
+
+@contextmanager
+def _end_of_stream() -> Iterator[None]:
+    try:
+        yield
+    except (asyncio.IncompleteReadError, ConnectionError, OSError) as error:
+        raise PeerUnreachable("the other side closed the connection") from error
 
 
 @contextmanager

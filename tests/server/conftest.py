@@ -27,6 +27,7 @@ from swarm.server.engine import Engine
 from swarm.server.handler import Handler
 from swarm.server.kv_cache import KVCache, RowCache
 from swarm.server.loader import load_span
+from swarm.server.quotas import PeerQuotas, QuotaLimits
 from swarm.server.sessions import SessionTable
 from swarm.server.span import Span
 from swarm.server.tasks import StepTask
@@ -253,6 +254,7 @@ class World:
             SessionTable(engine.cache, on_change=self.changed.set),
             fingerprint=FINGERPRINT,
             info=lambda: self.info,
+            quotas=PeerQuotas(QuotaLimits()),
             idle_limit=600.0,
             step_timeout=120.0,
         )

@@ -11,6 +11,7 @@ from swarm.errors import PeerRefused
 from swarm.protocol import OPENING_QUESTION, OpenSession
 from swarm.server.handler import Handler
 from swarm.server.openings import MAX_PER_PEER, PATIENCE, Openings
+from swarm.server.quotas import PeerQuotas, QuotaLimits
 
 INFO = ServerInfo(
     state=ServerState.ONLINE, span=BlockSpan(start=0, end=8), throughput=1.0, numerics="x", cache_tokens_left=5
@@ -118,6 +119,7 @@ async def test_the_handler_keeps_the_line():
         SimpleNamespace(open=lambda request, peer_id: "session"),
         fingerprint=fingerprint,
         info=lambda: INFO,
+        quotas=PeerQuotas(QuotaLimits()),
         idle_limit=1.0,
         step_timeout=1.0,
     )

@@ -374,7 +374,7 @@ async def test_a_step_on_a_stream_that_did_not_say_for_which_session(world: Worl
     pusher = await Pusher.open(world, world.honest)
     with unharmed(world):
         await pusher.write(frame(bystander.request()[0], 256))
-        await pusher.expect_refusal(ProtocolError, "StepRequest messages carry no tensor")
+        await pusher.expect_refusal(ProtocolError, "begins with OpenPush, not StepRequest")
 
 
 @pytest.mark.parametrize("first", [CloseSession(), Moving()], ids=lambda message: message.kind)
