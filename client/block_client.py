@@ -45,6 +45,7 @@ from swarm.rpc import FrameStream, clock, open_stream, ping
 
 from .config import ClientConfig
 from .history import WireTensor
+from .peer_clock import PeerClock
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class OpenSpan(Protocol):
         """The server does not reach the next one; the client must carry its outputs."""
 
     @property
-    def clock_offset(self) -> int:
-        """How much the server's clock is ahead of ours, in microseconds."""
+    def clock(self) -> PeerClock:
+        """The server's."""
 
     def expect(self, step: int, num_tokens: int, on_news: Callable[[], None]) -> Expected:
         """Prepare for the server's answer to a step of so many tokens."""
@@ -197,7 +198,7 @@ class RemoteSpan:
         self.moving = False
         self.broken: SwarmError | None = None
         self.cannot_push = False
-        self.clock_offset = 0
+        self.clock = PeerClock()
         self._node = node
         self._stream = stream
         self._peer_id = peer_id
@@ -215,7 +216,7 @@ class RemoteSpan:
         answer = await self._ask(request, "accept a session")
         if not isinstance(answer, SessionOpened):
             raise ProtocolError(f"server {self._peer_id} answered {type(answer).__name__} to a request for a session")
-        self.clock_offset = answer.clock - (asked_at + clock()) // 2
+        self.clock = PeerClock.asked(asked_at, answer.clock, clock())
 
     def expect(self, step: int, num_tokens: int, on_news: Callable[[], None]) -> Expected:
         meta = TensorMeta(shape=(num_tokens, self._hidden_size), codec=self._output_codec)

@@ -118,12 +118,12 @@ class History:
                 self._inputs[:, : old.shape[1]] = old
 
 
-def split_step(step: Step, inputs: WireTensor) -> Iterator[tuple[Step, WireTensor]]:
-    """Cut a step into steps that each fit into one message.
+def split_step(step: Step, inputs: WireTensor, token_bytes: int) -> Iterator[tuple[Step, WireTensor]]:
+    """Cut a step into steps that each fit into one message, as it is and where a token takes `token_bytes`.
 
     Raises NotSupported for one that reorders rows: a server does that only with tokens for all, and a part has some.
     """
-    max_tokens = max(1, MAX_PAYLOAD_BYTES // inputs.token_bytes)
+    max_tokens = max(1, MAX_PAYLOAD_BYTES // max(inputs.token_bytes, token_bytes))
     if inputs.meta.shape[0] <= max_tokens:
         yield step, inputs
         return

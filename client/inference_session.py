@@ -27,7 +27,7 @@ from swarm.tensors import DTYPES, all_finite, encode, lossless_codec
 from .block_client import BlockClient, Expected
 from .config import ClientConfig
 from .failover import SERVER_FAULTS, Failover, Replacement
-from .history import Step, WireTensor, split_step
+from .history import Step, WireTensor
 from .links import Links
 from .pipeline import Hop, HopFailed, outputs_of, remember
 from .retries import Retries
@@ -220,7 +220,9 @@ class InferenceSession:
                 inputs = WireTensor(*encode(hidden, self._input_codec))
                 record.encoded()
                 step, lengths = self._reordered(rows)
-                parts = [await self._step(*part, lengths, record) for part in split_step(step, inputs)]
+                parts = [
+                    await self._step(*part, lengths, record) for part in self._failover.takeover.split(step, inputs)
+                ]
         finally:
             self._running = None
         output = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -263,7 +265,7 @@ class InferenceSession:
             self._pending = None  # now, in this thread: the next step may follow one that was interrupted just here
         for row in step.rows:
             lengths[row.row] = row.position + row.num_tokens
-        record.add(step, self._hops, answers)
+        record.add(step, self._hops, answers, disturbed=disturbed)
         return output
 
     async def _recover(self, index: int, failure: HopFailed, lengths: Sequence[int], retries: Retries) -> int:

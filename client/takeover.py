@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from swarm.codecs import Codec
+from swarm.codecs import Codec, row_bytes
 from swarm.data_structures import BlockSpan
 from swarm.errors import SwarmError
 from swarm.protocol import NextServer
@@ -88,6 +88,10 @@ class Takeover:
         self._num_rows = num_rows
         self._max_length = max_length
         self._numbers = count(1)
+
+    def split(self, step: Step, inputs: WireTensor) -> Iterator[tuple[Step, WireTensor]]:
+        """Cut a step into steps that each fit into one message, on every way of the chain."""
+        return split_step(step, inputs, row_bytes(self.lossless, self.hidden_size))
 
     def start_step(self, hops: Sequence[Hop], step: Step) -> StepRun:
         """One try of a step through these hops."""
@@ -179,7 +183,7 @@ class Takeover:
         outputs = History(self._num_rows, self._max_length)
         if any(gap.lengths):
             rows, inputs = gap.history.read(gap.lengths)
-            for step, part in split_step(Step(rows), inputs):
+            for step, part in self.split(Step(rows), inputs):
                 answers = await self._replay_part(hops, step, part, decide)
                 remember(hops[1:], step, outputs_of(answers))
                 outputs.write(step, outputs_of(answers)[-1])

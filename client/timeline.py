@@ -1,8 +1,7 @@
 """Where a token's time goes: network, queue, device, codec, hop by hop, from clock readings of everybody in the chain.
 
-Nothing here is a remainder: each way between two peers is the difference of two readings, one at each end, with the
-clocks' offset taken from the question and answer that opened the session (as NTP does, RFC 5905, section 8; its error
-is at most half a round trip, and adds up to nothing around the whole chain).
+Nothing here is a remainder: each way between two peers is the difference of two readings, one at each end, by what
+`PeerClock` knows of their clocks. Its error is at most half a round trip, and adds up to nothing around the chain.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from .pipeline import Hop
 
 #: Steps that a report looks back on.
 MAX_STEPS = 256
+#: Latest steps of which copies may still be on their way.
+MAX_PENDING = 16
 
 SECOND = 1e6  # microseconds
 
@@ -61,7 +62,8 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Report:
-    """Means over the latest steps of one token per row, in seconds.
+    """Means over the latest steps of one token per row, in seconds. Steps in which a server was replaced do not count:
+    see `InferenceSession.replacements`.
 
     steps: how many there were. client: between two steps (embeddings, head, sampling). codec: the client's own part.
     total: of all this. unattributed: part of the total that no reading explains. pushes: times a server sent straight
@@ -97,7 +99,7 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f} ms"
 
 
-@dataclass
+@dataclass(eq=False)
 class StepRecord:
     """Clock readings of one step, in microseconds of our clock."""
 
@@ -105,16 +107,17 @@ class StepRecord:
     started_at: int
     encoded_at: int = 0
     ended_at: int = 0
-    one_token: bool = False
+    counts: bool = False
     answers: list[tuple[Hop, Expected]] = field(default_factory=list)
+    times: StepTimes | None = None
 
     def encoded(self) -> None:
         self.encoded_at = clock()
 
-    def add(self, step: Step, hops: Sequence[Hop], answers: Sequence[Expected]) -> None:
+    def add(self, step: Step, hops: Sequence[Hop], answers: Sequence[Expected], *, disturbed: bool) -> None:
         """A part of the step went through these hops."""
         self.answers += zip(hops, answers, strict=True)
-        self.one_token = all(row.num_tokens == 1 for row in step.rows)
+        self.counts = not disturbed and all(row.num_tokens == 1 for row in step.rows)
 
     def hop_times(self) -> tuple[HopTimes, ...]:
         """Of those whose readings are here: copies may come after the step is done."""
@@ -129,19 +132,33 @@ class StepRecord:
             )
         return tuple(times)
 
-    def frozen(self) -> StepTimes:
-        return StepTimes(
+    def freeze(self) -> bool:
+        """Work out the times and let go of the tensors. False if some copies are not here yet."""
+        if any(answer.output is None for _, answer in self.answers):
+            return False
+        self._compare_clocks()
+        self.times = StepTimes(
             self.before / SECOND,
             (self.encoded_at - self.started_at) / SECOND,
             (self.before + self.ended_at - self.started_at) / SECOND,
             self.hop_times(),
         )
+        self.answers = []
+        return True
+
+    def _compare_clocks(self) -> None:
+        before: Hop | None = None
+        for hop, answer in self.answers:
+            if answer.output is not None:
+                report, clock_there = answer.output.report, hop.span.clock
+                clock_there.took(report.request_sent_at - _ahead(before, report.pushed), report.received_at)
+                clock_there.gave(report.sent_at, answer.output.arrived_at)
+            before = hop
 
 
 def _hop_times(hop: Hop, output: SpanOutput, before: Hop | None, *, returns: bool) -> HopTimes:
-    report, offset = output.report, hop.span.clock_offset
-    sender_offset = before.span.clock_offset if report.pushed and before is not None else 0
-    network = (report.received_at - offset) - (report.request_sent_at - sender_offset)
+    report, offset = output.report, hop.span.clock.ahead
+    network = (report.received_at - offset) - (report.request_sent_at - _ahead(before, report.pushed))
     if returns:
         network += output.arrived_at - (report.sent_at - offset)
     inside = report.sent_at - report.received_at
@@ -157,33 +174,39 @@ def _hop_times(hop: Hop, output: SpanOutput, before: Hop | None, *, returns: boo
     )
 
 
+def _ahead(sender: Hop | None, pushed: bool) -> int:
+    """Of the clock that read when a request was sent: ours, unless a server pushed it."""
+    return sender.span.clock.ahead if pushed and sender is not None else 0
+
+
 class Timeline:
     """The latest steps of a session."""
 
     def __init__(self) -> None:
         self._steps: deque[StepTimes] = deque(maxlen=MAX_STEPS)
         self._last: StepRecord | None = None
-        self._last_times: tuple[HopTimes, ...] = ()
+        self._pending: deque[StepRecord] = deque(maxlen=MAX_PENDING)
 
     @contextmanager
     def step(self) -> Iterator[StepRecord]:
         """Times what happens inside. A step that fails is forgotten."""
         now = clock()
         before = 0 if self._last is None else now - self._last.ended_at
-        self._freeze()
+        self._settle()
         record = StepRecord(before, now)
         yield record
         record.ended_at = clock()
         self._last = record
+        self._pending.append(record)
 
     @property
     def last_times(self) -> tuple[HopTimes, ...]:
-        if self._last is not None and self._last.answers:
-            return self._last.hop_times()
-        return self._last_times
+        if self._last is None:
+            return ()
+        return self._last.hop_times() if self._last.times is None else self._last.times.hops
 
     def report(self) -> Report:
-        self._freeze()
+        self._settle()
         if not self._steps:
             return Report(0, 0.0, 0.0, 0.0, (), 0)
         # a chain that changed has other hops: look at the steps since then
@@ -198,14 +221,12 @@ class Timeline:
             sum(hop.pushed for step in steps for hop in step.hops),
         )
 
-    def _freeze(self) -> None:
-        """Keep the last step's times and let go of its tensors."""
-        last = self._last
-        if last is not None and last.answers:
-            self._last_times = last.hop_times()
-            if last.one_token and all(answer.output is not None for _, answer in last.answers):
-                self._steps.append(last.frozen())
-            last.answers = []
+    def _settle(self) -> None:
+        """Take over the steps of which all is known by now."""
+        for record in [record for record in self._pending if record.freeze()]:
+            self._pending.remove(record)
+            if record.counts and record.times is not None:
+                self._steps.append(record.times)
 
 
 def _mean(hops: Sequence[HopTimes]) -> HopTimes:

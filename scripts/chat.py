@@ -40,7 +40,7 @@ def chat(
         str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)
     ] = None,
     show_route: Annotated[
-        bool, typer.Option("--show-route/--no-show-route", help="Print the chain of servers to stderr.")
+        bool, typer.Option("--show-route/--no-show-route", help="Print the chain and where a token's time went.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
@@ -61,6 +61,8 @@ def chat(
             with llm.inference_session(max_length=length) as session:
                 sampling = answering.Sampling(max_new_tokens, temperature, top_p, top_k)
                 talk(Conversation(llm, tokenizer, session, sampling, system))
+                if show_route:
+                    print(session.report(), file=sys.stderr)
 
 
 def talk(conversation: Conversation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +39,7 @@ def generate(
         str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)
     ] = None,
     show_route: Annotated[
-        bool, typer.Option("--show-route/--no-show-route", help="Print the chain of servers to stderr.")
+        bool, typer.Option("--show-route/--no-show-route", help="Print the chain and where a token's time went.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its figures as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
@@ -68,6 +69,8 @@ def generate(
                 answer = answering.answer(llm, tokenizer, session, tokens, sampling=sampling, write=write)
                 print(json.dumps(to_json(answer, session, tokens)) if as_json else "")
                 print(describe(answer, session), file=sys.stderr)
+                if show_route:
+                    print(session.report(), file=sys.stderr)
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool, model: str) -> list[int]:
@@ -117,4 +120,5 @@ def to_json(answer: Answer, session: InferenceSession, prompt_tokens: list[int])
             }
             for replacement in session.replacements
         ],
+        "times": asdict(session.report()),
     }

@@ -163,14 +163,15 @@ def test_a_short_history_takes_little_memory():
 @given(
     counts=st.dictionaries(st.integers(0, 20), st.tuples(st.integers(0, 50), st.integers(1, 40)), min_size=1),
     max_tokens=st.integers(1, 50),
+    wider=st.integers(0, 3),
 )
-def test_a_step_is_cut_into_parts_that_fit_and_lose_nothing(counts, max_tokens):
+def test_a_step_is_cut_into_parts_that_fit_everywhere_and_lose_nothing(counts, max_tokens, wider):
     rows = [RowSlice(row, position, size) for row, (position, size) in counts.items()]
     total = sum(row.num_tokens for row in rows)
     inputs = numbered(list(range(total)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("swarm.client.history.MAX_PAYLOAD_BYTES", max_tokens * HIDDEN_SIZE * 4 + 3)
-        parts = list(split_step(Step(rows), inputs))
+        patch.setattr("swarm.client.history.MAX_PAYLOAD_BYTES", max_tokens * max(wider, 1) * HIDDEN_SIZE * 4 + 3)
+        parts = list(split_step(Step(rows), inputs, wider * HIDDEN_SIZE * 4))
     sizes = [part.meta.shape[0] for _, part in parts]
     assert all(size == max_tokens for size in sizes[:-1]) and 0 < sizes[-1] <= max_tokens
     assert torch.equal(torch.cat([back(part) for _, part in parts]), back(inputs))
@@ -186,7 +187,7 @@ def test_a_step_is_cut_into_parts_that_fit_and_lose_nothing(counts, max_tokens):
 
 def test_a_token_larger_than_a_message_travels_alone(monkeypatch):
     monkeypatch.setattr("swarm.client.history.MAX_PAYLOAD_BYTES", 1)
-    parts = list(split_step(Step([RowSlice(0, 4, 3)]), numbered([1, 2, 3])))
+    parts = list(split_step(Step([RowSlice(0, 4, 3)]), numbered([1, 2, 3]), 0))
     assert [step.rows for step, _ in parts] == [[RowSlice(0, 4 + i, 1)] for i in range(3)]
 
 
@@ -195,7 +196,7 @@ def test_a_step_that_reorders_is_not_cut(monkeypatch):
     step = Step([RowSlice(0, 4, 1), RowSlice(1, 4, 1)], Reorder(1, (1, 0)))
     monkeypatch.setattr("swarm.client.history.MAX_PAYLOAD_BYTES", 2 * HIDDEN_SIZE * 4)
     tensor = numbered([1, 2])
-    assert list(split_step(step, tensor)) == [(step, tensor)]
+    assert list(split_step(step, tensor, 0)) == [(step, tensor)]
     monkeypatch.setattr("swarm.client.history.MAX_PAYLOAD_BYTES", HIDDEN_SIZE * 4)
     with pytest.raises(NotSupported, match=r"2 tokens after a reordering .* one message, which takes 1"):
-        list(split_step(step, tensor))
+        list(split_step(step, tensor, 0))

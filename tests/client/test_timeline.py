@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from swarm.client.block_client import SpanOutput
 from swarm.client.history import Step
+from swarm.client.peer_clock import PeerClock
 from swarm.client.timeline import MAX_STEPS, SECOND, Timeline
 from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
@@ -31,14 +32,14 @@ class Clockwork:
         self.hops = [
             SimpleNamespace(
                 link=ChainLink(f"server{index}", BlockSpan(start=index, end=index + 1), "fp32"),
-                span=SimpleNamespace(clock_offset=offset),
+                span=SimpleNamespace(clock=PeerClock(offset)),
             )
             for index, offset in enumerate(offsets)
         ]
         self.timeline = Timeline()
         monkeypatch.setattr("swarm.client.timeline.clock", lambda: self.now)
 
-    def step(self, before, codec, hops, pushed, step=ONE_TOKEN, copies=True):
+    def step(self, before, codec, hops, pushed, step=ONE_TOKEN, copies=True, disturbed=False):
         """pushed: whether each server's request comes from the one before it."""
         self.now += before
         with self.timeline.step() as record:
@@ -46,7 +47,7 @@ class Clockwork:
             record.encoded()
             answers, sent_at = [], self.now
             for index, (hop, took) in enumerate(zip(self.hops, hops, strict=True)):
-                offset = hop.span.clock_offset
+                offset = hop.span.clock.ahead
                 received_at = self.now + took["way"]
                 left_at = received_at + sum(took[name] for name in ("queued", "computed", "codec", "other"))
                 report = StepResult(
@@ -67,7 +68,8 @@ class Clockwork:
                     self.now = sent_at = left_at + took["back"]
                 else:
                     self.now, sent_at = left_at, left_at + offset
-            record.add(step, self.hops, answers)
+            record.add(step, self.hops, answers, disturbed=disturbed)
+            return answers
 
 
 @given(st.data())
@@ -126,14 +128,23 @@ def test_what_no_reading_explains_is_shown(clockwork):
     assert clockwork.timeline.report().unattributed == pytest.approx(0.1)
 
 
-def test_prompts_and_steps_whose_copies_are_missing_are_left_out(clockwork):
+def test_prompts_and_disturbed_steps_and_those_whose_copies_are_missing_are_left_out(clockwork):
     clockwork.step(0, 0, [took(computed=9), took()], [False, True], step=Step([RowSlice(0, 0, 7)]))
+    clockwork.step(0, 0, [took(computed=9), took()], [False, True], disturbed=True)
     clockwork.step(0, 0, [took(computed=9), took()], [False, True], copies=False)
     assert len(clockwork.timeline.last_times) == 1
     assert clockwork.timeline.report().steps == 0
     assert str(clockwork.timeline.report()) == "no token was generated yet"
     clockwork.step(0, 0, [took(computed=5), took()], [False, True])
     assert clockwork.timeline.report().hops[0].computed == pytest.approx(5e-6)
+
+
+def test_a_step_counts_when_its_last_copy_is_here(clockwork):
+    answers = clockwork.step(0, 0, [took(computed=9), took()], [False, True], copies=False)
+    clockwork.step(0, 0, [took(computed=5), took()], [False, True])
+    assert clockwork.timeline.report().steps == 1
+    answers[0].output = SpanOutput(None, answers[1].output.report, clockwork.now)
+    assert clockwork.timeline.report().steps == 2
 
 
 def test_a_step_that_fails_is_forgotten(clockwork):

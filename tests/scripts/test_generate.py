@@ -40,9 +40,12 @@ def test_the_text_is_that_of_plain_transformers_and_alone_on_stdout(
     assert done.code == 0, done.err
     assert words(done.out) == continue_locally(TOKENS, max_new_tokens=40)
     first, second = tiny_swarm.servers
-    route, figures = done.err.splitlines()
+    route, figures, *times = done.err.splitlines()
     assert route == f"route: 0:4 via ...{first.peer_id[-6:]}, 4:8 via ...{second.peer_id[-6:]}"
     assert figures.startswith("40 tokens, ") and "tokens/s" in figures
+    assert times[0].startswith("a token took ") and "(mean of 39)" in times[0]
+    assert [line.split()[0] for line in times[2:4]] == ["0:4", "4:8"]
+    assert "pushed" in times[3] and "unattributed" in times[4]
 
 
 def test_json_has_tokens_route_and_figures(
@@ -59,6 +62,8 @@ def test_json_has_tokens_route_and_figures(
         for server, blocks in zip(tiny_swarm.servers, ("0:4", "4:8"), strict=True)
     ]
     assert report["replacements"] == []
+    assert report["times"]["steps"] == 7
+    assert [hop["pushed"] for hop in report["times"]["hops"]] == [False, True]
     assert report["tokens_per_second"] > 0 and len(report["token_times"]) == 8
 
 
