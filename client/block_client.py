@@ -315,7 +315,7 @@ class RemoteSpan:
         self.moving |= report.moving
         # A server answers in order: what was before was given up there.
         for step in [step for step in self._awaited if step < report.step]:
-            self._awaited.pop(step).settle(PeerUnreachable(f"server {self._peer_id} left step {step} for a newer one"))
+            self._awaited.pop(step).settle(ProtocolError(f"server {self._peer_id} left step {step} for a newer one"))
         expected = self._awaited.pop(report.step, None)
         if expected is None:
             return

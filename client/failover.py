@@ -6,6 +6,7 @@ Only the lost part of the chain is rebuilt; servers before and after it keep the
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -84,6 +85,7 @@ class Failover:
         self._num_rows = num_rows
         self._max_length = max_length
         self._warned_of: set[str] = set()
+        self._checks: set[asyncio.Task[bool]] = set()
         #: servers without room for this session, and what they said
         self._full: dict[str, str] = {}
         self.replacements: list[Replacement] = []
@@ -129,20 +131,46 @@ class Failover:
         self, hops: list[Hop], index: int, failure: HopFailed, lengths: Sequence[int], retries: Retries
     ) -> None:
         lost, error = hops[index], failure.error
-        self._report(lost.link, error)
         logger.warning("lost server %s (blocks %s): %s", lost.link.peer_id, lost.link.span, error)
         await retries.after(error, wait=False)
         started = time.monotonic()
+        checking = self._start_check(lost) if type(error) is PeerUnreachable else None
+        if checking is None:
+            self._report(lost.link, error)
+        avoided = set() if checking is None else {lost.link.peer_id}
         gap = Gap.at(hops, index, lengths)
         # A server that evicted us has room for us again, whatever it announced before.
         trust_announcements = not isinstance(error, SessionLost)
         while True:
             try:
-                found = await self._open(gap, trust_announcements=trust_announcements, urgent=True, retries=retries)
+                found = await self._open(
+                    gap, exclude=avoided, trust_announcements=trust_announcements, urgent=True, retries=retries
+                )
                 break
             except (*STEP_FAILURES, RoutingError, NetworkError) as problem:
-                await self._before_retry(retries, problem)
+                if avoided and checking is not None and await checking:
+                    retries.uncounted(problem)  # nobody else can, so let it open the session anew
+                    trust_announcements = False
+                else:
+                    await self._before_retry(retries, problem)
+                avoided = set()
         self._note(hops, index, found, gap, str(error), started, detected=started - failure.since)
+
+    def _start_check(self, lost: Hop) -> asyncio.Task[bool]:
+        """Find out whether a server is gone or only our connection to it; see `_is_alive`."""
+        checking = asyncio.create_task(self._is_alive(lost))
+        self._checks.add(checking)
+        checking.add_done_callback(self._checks.discard)
+        return checking
+
+    async def _is_alive(self, lost: Hop) -> bool:
+        """Whether a server answers a ping. One that does not is banned."""
+        try:
+            await lost.span.probe(self._config.hang_timeout)
+        except SwarmError as error:
+            self._report(lost.link, error)
+            return False
+        return True
 
     async def wait_for_cache(
         self, hops: list[Hop], index: int, error: CacheFull, lengths: Sequence[int], retries: Retries

@@ -634,3 +634,37 @@ def test_a_server_that_answers_nonsense_is_replaced(swarm, tamper):
     user.step(1, 1)
     assert user.route == WITHOUT["B"]
     assert client.banned == {"B"}
+
+
+# --- connections that break while their servers live ------------------------------------------------------------------
+
+
+def test_a_server_whose_connection_broke_is_not_banned_and_its_spare_is_used(swarm):
+    client = swarm.connect()
+    user = client.user()
+    user.step(3)
+    swarm["B"].reconnects = True
+    swarm["B"].fail("step", PeerUnreachable("the connection broke"))
+    user.step()
+    user.step()
+    assert user.route == WITHOUT["B"]
+    assert client.banned == set()
+
+
+def test_a_server_whose_connection_broke_opens_the_session_anew_if_nobody_else_can(swarm):
+    client = swarm.connect(ban_time=3600.0)
+    user = client.user()
+    user.step(3)
+    for name in "EF":
+        swarm[name].listed = False
+    client.thread.run(client.router.refresh(force=True))
+    swarm["B"].reconnects = True
+    swarm["B"].announced_cache_tokens = 0
+    for _ in range(3):
+        swarm["B"].fail("step", PeerUnreachable("the connection broke"))
+        user.step()
+    assert user.route == USUAL
+    assert client.banned == set()
+    assert len(user.session.replacements) == 3
+    assert swarm["B"].opened == 4
+    assert len(swarm["B"].sessions) == 1

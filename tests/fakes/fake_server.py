@@ -101,6 +101,8 @@ class FakeServer:
     loses_copies: int = 0  # so many of what it pushes
     loses_pushes: bool = False  # and does not notice
     relink_gate: asyncio.Event | None = None  # holds back answers to changes of the chain
+    gone: bool = False  # answers no pings, since it failed as one that is gone
+    reconnects: bool = False  # was never gone, whatever broke
     hung: bool = False  # answers nothing, neither steps nor pings; nothing breaks
     dies_before: str | None = None  # "push" or "copy" of a step
     clock_offset: int = 0  # microseconds ahead of the client's
@@ -124,6 +126,7 @@ class FakeServer:
 
     async def killed(self) -> None:
         self.die()
+        self.gone = True
         for session in list(self.sessions.values()):
             session.stream.end(PeerUnreachable(f"{self.name} is gone"))
 
@@ -144,11 +147,13 @@ class FakeServer:
                 fault.after -= 1
             elif fault.times > 0:
                 fault.times -= 1
+                self.gone = isinstance(fault.error, PeerUnreachable)
                 raise fault.error
 
     def open(self, request: OpenSession, stream: FakeStream) -> FakeSession:
         self.opened += 1
         self.may_fail("open")
+        self.gone = False
         assert self.span.covers(request.span)
         tokens = request.num_rows * request.max_length
         if tokens > self.cache_tokens:

@@ -19,7 +19,7 @@ from swarm.client.inference_session import InferenceSession
 from swarm.client.links import Links
 from swarm.data_structures import BlockSpan, ModelInfo, OpeningAnswer, ServerInfo
 from swarm.dht import ServerRecord
-from swarm.errors import PeerRefused, PeerTimeout, SessionLost, SwarmError
+from swarm.errors import PeerRefused, PeerTimeout, PeerUnreachable, SessionLost, SwarmError
 from swarm.node import NodeThread
 from swarm.protocol import NextServer, RowSlice, StepRequest
 from swarm.routing.router import Router, RouterConfig
@@ -114,6 +114,8 @@ class FakeSwarm:
         if server.hung:
             await asyncio.sleep(timeout)
             raise PeerTimeout(f"{peer_id} did not answer within {timeout:g} s")
+        if server.gone and not server.reconnects:
+            raise PeerUnreachable(f"{peer_id} is gone")
         return 0.001
 
     async def _open_stream(self, p2p: object, peer_id: str, timeout: float) -> FakeStream:
