@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .bench_churn import churn
 from .bench_concurrent import concurrent
 from .bench_decode import decode
 from .bench_links import links
@@ -19,5 +20,5 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup, links, wire):
+for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup, churn, links, wire):
     app.command()(command)

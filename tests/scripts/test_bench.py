@@ -90,6 +90,39 @@ def test_overcommit(tiny_llama_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_churn(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "churn.json"
+    arguments = ["--model", str(tiny_llama_folder), "--stages", "2", "--rate", "0", "--rate", "0.1", "--length", "40"]
+    assert run("churn", *arguments, "--runs", "1", "--json", str(file)) == 0
+    results, found = read(file, "churn", runs=1)
+    for name in ("replay", "restart", "no cache"):
+        for rate in ("0", "0.1"):
+            assert results[f"{name}, p = {rate}, 40 tokens"]["median"] > 0
+    assert results["replay, p = 0.1, 40 tokens: failures"]["median"] > 0
+    assert results["restart, p = 0.1, 40 tokens: failures"]["median"] > 0
+    assert not [name for name in results if "not finished" in name]
+    ratio = results["replay, p = 0.1, 40 tokens"]["median"] / results["replay, p = 0, 40 tokens"]["median"]
+    assert found["ratios"]["replay, p = 0.1, 40 tokens / replay, p = 0"] == pytest.approx(ratio)
+
+
+@pytest.mark.slow
+def test_failover(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "failover.json"
+    arguments = ["--model", str(tiny_llama_folder), "--kills", "4", "--stops", "1", "--contexts", "40"]
+    assert run("failover", *arguments, "--servers", "2", "--json", str(file)) == 0
+    found = json.loads(file.read_text())
+    assert found["settings"]["errors"] == "none"
+    for name in ("completed", "identical tokens", "hit a server in use"):
+        assert found["ratios"][name] == 1
+    results = {result["name"]: result for result in found["results"]}
+    assert len(results["SIGKILL: stall beyond replay"]["runs"]) == 4
+    for kind in ("stall", "detect", "route", "replay"):
+        assert len(results[f"SIGKILL, 40 tokens: {kind}"]["runs"]) == 4
+        assert len(results[f"SIGSTOP, 40 tokens, in the prompt: {kind}"]["runs"]) == 1
+    assert results["40 tokens: restart from scratch"]["median"] > 0
+
+
+@pytest.mark.slow
 def test_prefill(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "prefill.json"
     arguments = ["--model", str(tiny_llama_folder), "--sessions", "2", "--runs", "2"]
