@@ -6,6 +6,7 @@ import typer
 
 from .bench_concurrent import concurrent
 from .bench_decode import decode
+from .bench_failover import failover
 from .bench_links import links
 from .bench_memory import memory
 from .bench_overcommit import overcommit
@@ -19,5 +20,5 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup, links, wire):
+for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup, failover, links, wire):
     app.command()(command)
