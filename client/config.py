@@ -45,7 +45,7 @@ class ClientConfig(BaseModel):
     """For a server to answer one step, as long as it answers pings. One that hangs is found out sooner."""
 
     min_patience: Seconds = 0.3
-    """A step without news is asked after when it took four times as long as steps usually do, and this many seconds."""
+    """A step without news is asked after when it took three times as long as steps usually do, and this many seconds."""
 
     max_patience: Seconds = 5.0
     """A step without news is asked after at the latest after this many seconds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .config import ClientConfig
 
 #: A step that takes this many times as long as steps usually do is overdue.
-OVERDUE = 4.0
+OVERDUE = 3.0
 #: Before the first step: as long as one takes on a slow computer.
 FIRST = 1.0
 #: Bytes/s of a slow line. A question after a large step waits until that went out.

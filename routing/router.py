@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 #: Servers asked for one search: enough to meet a near one among replicas, few enough to cost no server much.
 MAX_PINGS = 8
 
+#: Seconds after which records at hand are read again beside a search.
+FRESH_TIME = 5.0
+
 #: Seconds after which a chosen chain shows in what its servers say about themselves, if it was opened at all.
 OPENING_TIME = 3.0
 
@@ -167,11 +170,12 @@ class Router:
         if span.end > self._num_blocks:
             raise BadSpan(f"blocks {span} lie outside {self._model_name}, which has {self._num_blocks} blocks")
         reads_before = self._num_reads
-        if urgent and self._records:
-            if self._is_old():
-                self._in_background("refresh", self.refresh)
-        else:
+        if not urgent or not self._records:
             await self._refresh_if_possible()
+        if self._clock() - self._read_at >= FRESH_TIME:
+            # A server that fails later shall find those known that came by now: to read the records then may have to
+            # wait for the very peer that hangs.
+            self._in_background("refresh", lambda: self.refresh(force=True))
         while True:
             make_wanted = partial(self._wanted, span, cache_tokens, numerics, source, sink, exclude, adapters)
             if mode == "throughput":

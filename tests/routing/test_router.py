@@ -10,7 +10,7 @@ from swarm.client.config import ClientConfig
 from swarm.data_structures import BlockSpan, ModelInfo, OpeningAnswer, ServerInfo, ServerState
 from swarm.dht import ServerRecord
 from swarm.errors import BadSpan, CacheFull, MissingBlocks, ModelNotServed, NetworkError, PeerTimeout
-from swarm.routing.router import MAX_PINGS, Router, RouterConfig
+from swarm.routing.router import FRESH_TIME, MAX_PINGS, Router, RouterConfig
 
 FINGERPRINT = "a" * 64
 
@@ -148,7 +148,6 @@ async def test_records_are_read_once_per_period():
     world = World(THREE)
     await world.route()
     world.clock.now += 29.9
-    await world.route()
     await world.router.refresh()
     assert world.directory.reads == 1
     await world.router.refresh(force=True)
@@ -156,6 +155,23 @@ async def test_records_are_read_once_per_period():
     world.clock.now += 30
     await world.route()
     assert world.directory.reads == 3
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+async def test_a_search_waits_for_no_reading_but_the_next_one_knows_who_came(urgent):
+    world = World(THREE)
+    await world.route()
+    world.clock.now += FRESH_TIME
+    world.directory.records = [*THREE, *SPARES]
+    world.directory.gate.clear()
+    async with asyncio.timeout(5):
+        await world.route(urgent=urgent)
+    world.directory.gate.set()
+    async with asyncio.timeout(5):
+        while len(world.router.snapshot().servers) < 5:
+            await asyncio.sleep(0)
+    await world.route(urgent=urgent)
+    assert world.directory.reads == 2
 
 
 async def test_concurrent_refreshes_share_one_reading():
