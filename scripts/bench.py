@@ -7,6 +7,7 @@ import typer
 from .bench_churn import churn
 from .bench_concurrent import concurrent
 from .bench_decode import decode
+from .bench_failover import failover
 from .bench_links import links
 from .bench_memory import memory
 from .bench_overcommit import overcommit
@@ -20,5 +21,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (decode, concurrent, prefill, overcommit, quantization, memory, startup, churn, links, wire):
+for command in (
+    decode,
+    concurrent,
+    prefill,
+    overcommit,
+    failover,
+    churn,
+    links,
+    wire,
+    quantization,
+    memory,
+    startup,
+):
     app.command()(command)
