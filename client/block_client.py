@@ -12,40 +12,56 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
 from swarm.codecs import Codec, row_bytes
 from swarm.errors import (
-    NotSupported,
-    PeerRefused,
     PeerTimeout,
     PeerUnreachable,
     ProtocolError,
     SessionLost,
-    SessionTooLong,
     SwarmError,
-    UsageError,
-    from_wire,
 )
 from swarm.node import Node
 from swarm.protocol import (
+    MAX_PAYLOAD_BYTES,
     ErrorReply,
     Message,
     Moving,
     NextServer,
     OpenSession,
+    PromptsTaken,
     PushFailed,
     Relink,
     Relinked,
     SessionOpened,
+    SessionPrompts,
     StepRequest,
     StepResult,
     TensorMeta,
 )
 from swarm.routing.chain import ChainLink
 from swarm.rpc import FrameStream, clock, open_stream, ping
+from swarm.tensors import DTYPES, encode
 
 from .config import ClientConfig
 from .history import WireTensor
 from .peer_clock import PeerClock
+from .reported_errors import reported_error
+
+#: A message without a tensor.
+NOTHING = memoryview(b"")
+
+
+class Misled(ProtocolError):
+    """A server ran a step that we never asked for: the one before it pushes steps of its own, or it lies itself.
+
+    The session is lost there: a server takes no step that is older than the newest it knows.
+    """
+
+
+class Unanswered(PeerTimeout):
+    """A server answers pings, but not a step: it does not work, or the one before it keeps it busy with others."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,9 @@ class OpenSpan(Protocol):
     async def send(self, request: StepRequest, payload: bytes | bytearray | memoryview) -> None:
         """Send a step; its answer goes to whoever expects it. Raises SwarmError."""
 
+    async def give_prompts(self, prompts: torch.Tensor, codec: Codec) -> None:
+        """Before the first step: deep prompts, [blocks, prompt tokens, hidden_size]. Raises SwarmError."""
+
     async def relink(self, previous: str | None, following: NextServer | None) -> None:
         """Tell the server who stands beside it now. Raises SwarmError."""
 
@@ -205,6 +224,7 @@ class RemoteSpan:
         self._config = config
         self._output_codec, self._hidden_size = spec.output_codec, spec.hidden_size
         self._awaited: dict[int, Expected] = {}
+        self._newest = 0  # number of the newest step that may have been sent
         #: told when something happens that a step may have waited for, also after this server answered it
         self._on_news: Callable[[], None] = lambda: None
         #: oldest first; those that were given up stay until their answers come
@@ -221,6 +241,7 @@ class RemoteSpan:
     def expect(self, step: int, num_tokens: int, on_news: Callable[[], None]) -> Expected:
         meta = TensorMeta(shape=(num_tokens, self._hidden_size), codec=self._output_codec)
         expected = Expected(step, meta, on_news)
+        self._newest = step
         self._on_news = on_news
         if self.broken is not None:
             expected.settle(self.broken)
@@ -230,6 +251,16 @@ class RemoteSpan:
 
     async def send(self, request: StepRequest, payload: bytes | bytearray | memoryview) -> None:
         await self._write(request, payload, self._config.request_timeout, "read a step")
+
+    async def give_prompts(self, prompts: torch.Tensor, codec: Codec) -> None:
+        blocks, num_tokens, hidden_size = prompts.shape
+        share = max(1, MAX_PAYLOAD_BYTES // (num_tokens * row_bytes(codec, hidden_size)))
+        for first in range(0, blocks, share):
+            meta, data = encode(prompts[first : first + share].reshape(-1, hidden_size).to(DTYPES[codec]), codec)
+            message = SessionPrompts(first=first, num_tokens=num_tokens, prompts=meta)
+            answer = await self._ask(message, "take the prompts", data)
+            if not isinstance(answer, PromptsTaken):
+                raise ProtocolError(f"server {self._peer_id} answered {type(answer).__name__} to the prompts")
 
     async def relink(self, previous: str | None, following: NextServer | None) -> None:
         answer = await self._ask(Relink(previous=previous, next=following), "change places in its chain")
@@ -246,18 +277,22 @@ class RemoteSpan:
         self._reading.cancel()
         self._stream.close()
 
-    async def _ask(self, request: Message, action: str) -> Message:
-        """Send a request that is no step and wait for its answer. Answers come in the order of the questions."""
+    async def _ask(self, request: Message, action: str, payload: memoryview = NOTHING) -> Message:
+        """Send a request that is no step and wait for its answer. Answers come in the order of the questions.
+
+        One with a tensor may take as long as a step: megabytes of prompts need their time on a slow line.
+        """
         if self.broken is not None:
             raise self.broken
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._questions.append(answer)
+        timeout = self._config.request_timeout if payload else self._config.connect_timeout
         try:
-            async with asyncio.timeout(self._config.connect_timeout):
-                await self._stream.send(request)
+            async with asyncio.timeout(timeout):
+                await self._stream.send(request, payload)
                 return await answer
         except TimeoutError as error:
-            raise self._late_error(action, self._config.connect_timeout) from error
+            raise self._late_error(action, timeout) from error
 
     async def _write(
         self, message: Message, payload: bytes | bytearray | memoryview, timeout: float, action: str
@@ -295,6 +330,8 @@ class RemoteSpan:
         self._on_news()
 
     def _take(self, message: Message, payload: bytes) -> None:
+        if isinstance(message, StepResult | ErrorReply) and message.step is not None and message.step > self._newest:
+            raise Misled(f"server {self._peer_id} ran step {message.step}, which nobody asked for")
         if isinstance(message, StepResult):
             self._take_result(message, payload)
         elif isinstance(message, ErrorReply):
@@ -332,7 +369,7 @@ class RemoteSpan:
             expected.settle(SpanOutput(WireTensor(report.hidden, payload), report, clock()))
 
     def _take_error(self, reply: ErrorReply) -> None:
-        error = self._error(reply)
+        error = reported_error(self._peer_id, reply)
         if reply.step is not None:
             expected = self._awaited.pop(reply.step, None)
             if expected is not None:
@@ -343,10 +380,3 @@ class RemoteSpan:
                 question.set_exception(error)
         else:
             self._break(error)
-
-    def _error(self, reply: ErrorReply) -> SwarmError:
-        error = from_wire(reply.error, f"server {self._peer_id}: {reply.message}", reply.tokens_left)
-        if isinstance(error, UsageError | SessionTooLong | NotSupported):
-            # We checked our request ourselves, so this is about the server: it may have restarted with other blocks.
-            return PeerRefused(str(error))
-        return error

@@ -11,27 +11,41 @@ from swarm.errors import NotSupported
 
 if TYPE_CHECKING:
     from .inference_session import InferenceSession
+    from .split_session import SplitSession
 
 
 class RemoteCache(Cache):
     """What generation asks of a cache, answered for a session.
 
     `columns` counts the tokens fed so far with padding, as transformers does; the session counts real tokens per row.
+    Soft prompts in front of every row are tokens to the session, and hidden from transformers.
+
+    prompt_tokens: of soft prompts. filled: columns with them.
     """
 
-    def __init__(self, session: InferenceSession):
+    def __init__(self, session: InferenceSession | SplitSession):
         super().__init__(layers=[])
         self.session = session
-        self.columns = 0
+        self.prompt_tokens = 0
+        self.filled = 0
+
+    @property
+    def columns(self) -> int:
+        return max(0, self.filled - self.prompt_tokens)
+
+    def begin(self, prompt_tokens: int) -> None:
+        """Start anew: so many soft prompts go before the first token."""
+        self.reset()
+        self.prompt_tokens = prompt_tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        return self.session.max_length
+        return self.session.max_length - self.prompt_tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.filled + query_length, 0
 
     @property
     def is_compileable(self) -> bool:
@@ -49,12 +63,17 @@ class RemoteCache(Cache):
         """Remove the last `-tokens_to_remove` tokens of every row (a negative number, as in transformers)."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove")
-        self.session.rewind([max(0, length + tokens_to_remove) for length in self.session.lengths])
-        self.columns = max(0, self.columns + tokens_to_remove)
+        columns = max(0, self.columns + tokens_to_remove)
+        if not columns:
+            self.reset()
+            return
+        kept = [max(min(length, self.prompt_tokens), length + tokens_to_remove) for length in self.session.lengths]
+        self.session.rewind(kept)
+        self.filled = self.prompt_tokens + columns
 
     def reset(self) -> None:
         self.session.rewind([0] * self.session.num_rows)
-        self.columns = 0
+        self.filled = 0
 
     def activate_past_recording(self) -> None:
         pass  # servers keep every token until the session ends, so any crop is possible

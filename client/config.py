@@ -44,6 +44,10 @@ class ClientConfig(BaseModel):
     request_timeout: Seconds = 60.0
     """For a server to answer one step, as long as it answers pings. One that hangs is found out sooner."""
 
+    pass_timeout: Seconds = 600.0
+    """For a server to run one forward or backward pass of training, waiting behind others included, as long as it
+    answers pings."""
+
     min_patience: Seconds = 0.3
     """A step without news is asked after when it took three times as long as usual, and at least this many seconds."""
 

@@ -6,7 +6,6 @@ Only the lost part of the chain is rebuilt; servers before and after it keep the
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -30,12 +29,13 @@ from swarm.errors import (
 from swarm.routing.chain import Chain, ChainLink
 from swarm.routing.router import Router
 
-from .block_client import BlockClient
+from .block_client import BlockClient, Misled, Unanswered
 from .config import ClientConfig
 from .history import History
 from .links import Links
 from .pipeline import Hop, HopFailed
 from .retries import Retries
+from .suspects import Suspects
 from .takeover import Gap, Takeover
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Failover:
         self._num_rows = num_rows
         self._max_length = max_length
         self._warned_of: set[str] = set()
-        self._checks: set[asyncio.Task[bool]] = set()
+        self._suspects = Suspects(self._report, config.hang_timeout)
         #: servers without room for this session, and what they said
         self._full: dict[str, str] = {}
         self.replacements: list[Replacement] = []
@@ -118,6 +118,10 @@ class Failover:
         """
         lost = hops[index]
         lost.span.close()
+        if index and isinstance(failure.error, Misled | Unanswered):
+            may_be_innocent = self.takeover.distrust(hops[index - 1])
+            if may_be_innocent and isinstance(failure.error, Misled):  # so nobody is banned
+                failure = HopFailed(index, SessionLost(str(failure.error)), failure.since)
         if index and not await lost.history.settled(self._config.request_timeout):
             # Copies of its inputs died with the server before it. Whoever replaces that one computes them anew.
             error = hops[index - 1].span.broken or PeerUnreachable("its outputs did not reach us")
@@ -134,43 +138,28 @@ class Failover:
         logger.warning("lost server %s (blocks %s): %s", lost.link.peer_id, lost.link.span, error)
         await retries.after(error, wait=False)
         started = time.monotonic()
-        checking = self._start_check(lost) if type(error) is PeerUnreachable else None
-        if checking is None:
-            self._report(lost.link, error)
-        avoided = set() if checking is None else {lost.link.peer_id}
+        self._lost(lost, error)
         gap = Gap.at(hops, index, lengths)
         # A server that evicted us has room for us again, whatever it announced before.
         trust_announcements = not isinstance(error, SessionLost)
         while True:
             try:
                 found = await self._open(
-                    gap, exclude=avoided, trust_announcements=trust_announcements, urgent=True, retries=retries
+                    gap,
+                    exclude=self._suspects.peer_ids,
+                    trust_announcements=trust_announcements,
+                    urgent=True,
+                    retries=retries,
                 )
                 break
             except (*STEP_FAILURES, RoutingError, NetworkError) as problem:
-                if avoided and checking is not None and await checking:
-                    retries.uncounted(problem)  # nobody else can, so let it open the session anew
+                if not isinstance(problem, SERVER_FAULTS) and await self._suspects.acquit():
+                    retries.uncounted(problem)  # nobody else can, so let one of them open the session anew
                     trust_announcements = False
                 else:
                     await self._before_retry(retries, problem)
-                avoided = set()
+        self._suspects.forget()
         self._note(hops, index, found, gap, str(error), started, detected=started - failure.since)
-
-    def _start_check(self, lost: Hop) -> asyncio.Task[bool]:
-        """Find out whether a server is gone or only our connection to it; see `_is_alive`."""
-        checking = asyncio.create_task(self._is_alive(lost))
-        self._checks.add(checking)
-        checking.add_done_callback(self._checks.discard)
-        return checking
-
-    async def _is_alive(self, lost: Hop) -> bool:
-        """Whether a server answers a ping. One that does not is banned."""
-        try:
-            await lost.span.probe(self._config.hang_timeout)
-        except SwarmError as error:
-            self._report(lost.link, error)
-            return False
-        return True
 
     async def wait_for_cache(
         self, hops: list[Hop], index: int, error: CacheFull, lengths: Sequence[int], retries: Retries
@@ -254,7 +243,7 @@ class Failover:
         chain = await self._find_chain(gap, exclude, cache_tokens, urgent)
         if gap.lost is not None:
             self._check_numerics(gap.lost.link, chain)
-        return await self.takeover.run(gap, chain, lambda link, error: self._wait_in_line(link, error, retries))
+        return await self.takeover.run(gap, chain, lambda hop, error: self._wait_in_line(hop, error, retries))
 
     async def _find_chain(self, gap: Gap, exclude: Collection[str], cache_tokens: int, urgent: bool) -> Chain:
         lost = gap.lost
@@ -275,12 +264,12 @@ class Failover:
             self._full.clear()  # ask them again after a pause: sessions end all the time
             raise CacheFull(f"no server of blocks {gap.span} has room for the session ({said}): {error}") from error
 
-    async def _wait_in_line(self, link: ChainLink, error: SwarmError, retries: Retries | None) -> bool:
-        """Whether a server that failed in a replay shall be asked again, after a pause; else it is reported."""
-        if isinstance(error, CacheFull) and retries is not None and not await self._has_room_elsewhere(link):
+    async def _wait_in_line(self, hop: Hop, error: SwarmError, retries: Retries | None) -> bool:
+        """Whether a server that failed in a replay shall be asked again, after a pause; else it is lost as well."""
+        if isinstance(error, CacheFull) and retries is not None and not await self._has_room_elsewhere(hop.link):
             await retries.after(error, wait=True)  # the session keeps its place in the line
             return True
-        self._report(link, error)
+        self._lost(hop, error)
         return False
 
     async def _has_room_elsewhere(self, link: ChainLink) -> bool:
@@ -295,6 +284,13 @@ class Failover:
         except (RoutingError, NetworkError, CacheFull):
             return False
         return True
+
+    def _lost(self, hop: Hop, error: SwarmError) -> None:
+        """A server cannot go on with the session. It is blamed, unless only the connection to it may have broken."""
+        if type(error) is PeerUnreachable:
+            self._suspects.add(hop)
+        else:
+            self._report(hop.link, error)
 
     def _report(self, link: ChainLink, error: SwarmError) -> None:
         """Blame a server for its failure. A full one is only asked after others, one that lost a session may open

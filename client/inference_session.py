@@ -26,6 +26,7 @@ from swarm.tensors import DTYPES, all_finite, encode, lossless_codec
 
 from .block_client import BlockClient, Expected
 from .config import ClientConfig
+from .deep_prompts import DeepPrompts, check_prompts
 from .failover import SERVER_FAULTS, Failover, Replacement
 from .history import Step, WireTensor
 from .links import Links
@@ -59,7 +60,10 @@ class InferenceSession:
         num_rows: int,
         max_length: int,
         bytes_per_token: int,
+        prompts: torch.Tensor | None = None,
     ):
+        """prompts: deep prompts, [blocks, prompt tokens, hidden_size]: before each block, its own are added to the
+        hidden states of the first tokens of every row."""
         history_bytes = num_rows * max_length * bytes_per_token
         if history_bytes > config.max_history_bytes:
             raise UsageError(
@@ -77,6 +81,9 @@ class InferenceSession:
         self._config = config
         self._links = links
         self._failover = Failover(router, client, config, links, num_rows=num_rows, max_length=max_length)
+        if prompts is not None:
+            check_prompts(prompts, span)
+            self._failover.takeover.prompts = DeepPrompts(span, prompts.detach().cpu())
         self._hops: list[Hop] = []
         self._input_codec = Codec.FLOAT32  # until the first step
         self._next_move = 0.0
@@ -283,6 +290,8 @@ class InferenceSession:
     async def _open_chain(self, hidden: torch.Tensor) -> None:
         takeover = self._failover.takeover
         takeover.hidden_size, takeover.lossless = hidden.shape[1], lossless_codec(hidden.dtype)
+        if takeover.prompts is not None:  # as they travel; what a server refuses is held against it
+            check_prompts(takeover.prompts.values.to(hidden.dtype), self.span, hidden.shape[1])
         self._hops = await self._failover.open_chain(self.span)
         self._input_codec = self._links.input_codec(self._hops[0].link.peer_id, takeover.lossless)
         self._show_route()

@@ -21,7 +21,7 @@ from swarm.routing.chain import ChainLink
 from swarm.rpc import clock
 from swarm.tensors import all_finite, decode
 
-from .block_client import Expected, OpenSpan
+from .block_client import Expected, OpenSpan, Unanswered
 from .history import History, Step, WireTensor
 from .patience import Patience
 
@@ -32,6 +32,7 @@ class Hop:
 
     output_codec: how its outputs travel, to us and to the next.
     proven: it answered a step. That it took the session says little.
+    trusted: to push to the next one.
     """
 
     link: ChainLink
@@ -39,6 +40,12 @@ class Hop:
     history: History
     output_codec: Codec
     proven: bool = False
+    trusted: bool = True
+
+    @property
+    def cannot_push(self) -> bool:
+        """The client must carry its outputs."""
+        return self.span.cannot_push or not self.trusted
 
     @property
     def as_next(self) -> NextServer:
@@ -95,7 +102,7 @@ class StepRun:
         last = len(self._hops) - 1
         if not self._direct_push:
             return self._first
-        return next((index for index in range(self._first, last) if self._hops[index].span.cannot_push), last)
+        return next((index for index in range(self._first, last) if self._hops[index].cannot_push), last)
 
     async def _send(self, end: int) -> None:
         """Send the step to hop `_first`. Raises HopFailed, also if that hangs and stops reading half way."""
@@ -133,7 +140,11 @@ class StepRun:
                 at, self._progress = at + 1, time.monotonic()
             if (error := self.answers[at].error) is not None:
                 self._fail(at, error)
-            if at > self._first and (span := self._hops[at - 1].span) and (span.cannot_push or span.broken is not None):
+            if (
+                at > self._first
+                and (before := self._hops[at - 1])
+                and (before.cannot_push or before.span.broken is not None)
+            ):
                 return at - 1
             self._news.clear()
             try:
@@ -150,7 +161,7 @@ class StepRun:
         """The answer is overdue: is the server busy, or does it hang? Raises HopFailed if it does."""
         peer_id, timeout = self._hops[at].link.peer_id, self._patience.request_timeout
         if time.monotonic() - self._progress >= timeout:
-            self._fail(at, PeerTimeout(f"server {peer_id} did not answer a step within {timeout:g} s"))
+            self._fail(at, Unanswered(f"server {peer_id} did not answer a step within {timeout:g} s"))
         hang_timeout = self._patience.hang_timeout(len(self._inputs.data))
         probe = asyncio.create_task(self._hops[at].span.probe(hang_timeout))
         news = asyncio.create_task(self._news.wait())

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import AttentionMaskInterface
+from transformers import AttentionMaskInterface, Cache
 
 from swarm.data_structures import BlockSpan
 from swarm.errors import NotSupported, UsageError
+from swarm.passes import MAX_PASS_TOKENS
 from swarm.protocol import RowSlice
 
 from .cache import RemoteCache
 from .inference_session import InferenceSession
+from .peft_targets import REMOTE_MODULE, refuse_key_value_prefixes
+from .split_session import SplitSession
 
 #: The attention implementation that a client's model is set to: its mask function passes the 2-D mask through.
 MASK_NAME = "swarm_client"
 
-OpenSession = Callable[[BlockSpan, int, int], InferenceSession]
+#: `open_session(span, num_rows, max_length, prompts)`: see `InferenceSession`.
+OpenSession = Callable[[BlockSpan, int, int, torch.Tensor | None], InferenceSession]
+#: `run_blocks(span, hidden, lengths, prompts)`: see `autograd.run_blocks`.
+RunBlocks = Callable[[BlockSpan, torch.Tensor, Sequence[int], torch.Tensor | None], torch.Tensor]
+#: Gives the deep prompts of this moment: [blocks of the whole module, prompt tokens, hidden_size].
+DeepPrompts = Callable[[], torch.Tensor]
 
 
 def pass_mask_through(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -33,12 +41,27 @@ class RemoteBlocks(nn.Module):
     """Blocks [span.start, span.end) of the swarm's model, called like one block and sliced like a list of blocks.
 
     The base model iterates over its list and finds this one module; `blocks[3:7](hidden)` runs a part of it.
+
+    deep_prompts: called at every forward pass and once per session. Before each block, its prompts are added to the
+        hidden states of the first tokens of every row. Gradients reach what it returns. None: there are none.
+    remote_names: of the modules in these blocks, such as "0.self_attn.q_proj"; empty for slices.
     """
 
-    def __init__(self, span: BlockSpan, open_session: OpenSession):
+    deep_prompts: DeepPrompts | None
+    remote_names: Sequence[str] = ()
+
+    def __init__(
+        self,
+        span: BlockSpan,
+        open_session: OpenSession,
+        run_blocks: RunBlocks,
+        deep_prompts: DeepPrompts | None = None,
+    ):
         super().__init__()
         self.span = span
+        self.deep_prompts = deep_prompts
         self._open_session = open_session
+        self._run_blocks = run_blocks
 
     def __len__(self) -> int:
         return len(self.span)
@@ -57,7 +80,23 @@ class RemoteBlocks(nn.Module):
             raise UsageError(f"cannot take blocks {index}: a run of blocks must be ascending and not empty")
         if (start, end) == (0, len(self)):
             return self
-        return RemoteBlocks(BlockSpan(start=self.span.start + start, end=self.span.start + end), self._open_session)
+        part = BlockSpan(start=self.span.start + start, end=self.span.start + end)
+        whole = self.deep_prompts
+        prompts = None if whole is None else lambda: whole()[start:end]
+        return RemoteBlocks(part, self._open_session, self._run_blocks, prompts)
+
+    def open_session(self, num_rows: int, max_length: int) -> InferenceSession:
+        """Through these blocks, with the deep prompts of this moment: training on does not change the session."""
+        prompts = None if self.deep_prompts is None else self.deep_prompts().detach().clone()
+        return self._open_session(self.span, num_rows, max_length, prompts)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Itself, and the modules of its blocks that are on servers, by name: see `peft_targets`."""
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        for name in self.remote_names:
+            yield f"{prefix}.{name}" if prefix else name, REMOTE_MODULE
 
     def forward(
         self,
@@ -70,22 +109,33 @@ class RemoteBlocks(nn.Module):
         """hidden_states: [rows, tokens, hidden_size] -> the same shape.
 
         attention_mask: bool or int [rows, cached + tokens]; masked tokens are not sent, and come back as zeros.
-        past_key_values: of a session over the same blocks; without it, the tokens are a whole sequence of their own.
+        past_key_values: of a session over the same blocks; without it, the tokens are a whole sequence of their own,
+            and gradients reach `hidden_states`.
         position_ids: servers number the unmasked tokens of a row themselves, as `generate` does; other numbers, such
         as those of packed sequences, are refused.
         """
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            raise NotSupported("gradients do not pass through the swarm yet; run the model under torch.no_grad()")
+        prompts = None if self.deep_prompts is None else self.deep_prompts()
         if isinstance(past_key_values, RemoteCache):
             session = past_key_values.session
-            if session.span != self.span:
+            if isinstance(session, SplitSession) or session.span != self.span:
                 raise UsageError(f"the session holds blocks {session.span}, and blocks {self.span} were called with it")
+            if _is_differentiable(hidden_states, prompts):
+                raise NotSupported(
+                    "gradients do not pass through a session's cache: call the model without one, or under "
+                    "torch.no_grad()"
+                )
             return self._step(session, hidden_states, attention_mask, position_ids)
         if past_key_values is not None:
-            raise UsageError("this cache is not of the swarm; use the cache of model.inference_session(...)")
+            refuse_local_cache(past_key_values)
         num_rows, num_tokens, _hidden_size = hidden_states.shape
-        with self._open_session(self.span, num_rows, num_tokens) as session:
-            return self._step(session, hidden_states, attention_mask, position_ids)
+        if num_tokens > MAX_PASS_TOKENS and not _is_differentiable(hidden_states, prompts):
+            with self._open_session(self.span, num_rows, num_tokens, prompts) as session:  # which splits long rows
+                return self._step(session, hidden_states, attention_mask, position_ids)
+        real, flat = _flatten(hidden_states, attention_mask, 0)
+        check_positions(position_ids, real)
+        lengths = [length for length in real.sum(dim=1).tolist() if length]
+        output = self._run_blocks(self.span, flat, lengths, prompts).to(hidden_states.device)
+        return _unflatten(output, real)
 
     def _step(
         self,
@@ -94,32 +144,53 @@ class RemoteBlocks(nn.Module):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        num_rows, num_tokens, hidden_size = hidden_states.shape
+        num_rows, num_tokens, _hidden_size = hidden_states.shape
         if num_rows != session.num_rows:
             raise UsageError(f"{num_rows} rows for a session that was opened for {session.num_rows}")
         cache = session.cache
-        if attention_mask is None:
-            real = torch.ones(num_rows, num_tokens, dtype=torch.bool)
-            lengths = [num_tokens] * num_rows
-            flat = hidden_states.reshape(-1, hidden_size)
-        else:
-            real = _new_columns(attention_mask, num_rows, cache.columns + num_tokens, num_tokens)
-            lengths = real.sum(dim=1).tolist()
-            flat = hidden_states[real]
+        real, flat = _flatten(hidden_states, attention_mask, cache.filled)
+        lengths = real.sum(dim=1).tolist()
         rows = [RowSlice(row, session.lengths[row], length) for row, length in enumerate(lengths) if length]
-        if not rows:
-            raise UsageError("the attention mask hides every new token")
-        _check_positions(position_ids, real)
+        check_positions(position_ids, real)
         output = session.step(flat.detach(), rows).to(hidden_states.device)
-        cache.columns += num_tokens
-        if attention_mask is None:
-            return output.reshape(hidden_states.shape)
-        result = torch.zeros_like(hidden_states)
-        result[real] = output
-        return result
+        cache.filled += num_tokens
+        return _unflatten(output, real)
 
 
-def _new_columns(mask: torch.Tensor, num_rows: int, num_columns: int, num_tokens: int) -> torch.Tensor:
+def _is_differentiable(hidden_states: torch.Tensor, prompts: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (hidden_states.requires_grad or (prompts is not None and prompts.requires_grad))
+
+
+def refuse_local_cache(cache: Any) -> NoReturn:
+    if isinstance(cache, Cache) and cache.get_seq_length():
+        refuse_key_value_prefixes()
+    raise UsageError("this cache is not of the swarm; use the cache of model.inference_session(...)")
+
+
+def _flatten(
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, cached: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are real, bool [rows, tokens], and their hidden states side by side, [real tokens, hidden_size].
+
+    Raises UsageError for a mask of another shape, or one that hides everything.
+    """
+    num_rows, num_tokens, hidden_size = hidden_states.shape
+    if attention_mask is None:
+        real = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=hidden_states.device)
+        return real, hidden_states.reshape(-1, hidden_size)
+    real = new_columns(attention_mask, num_rows, cached + num_tokens, num_tokens)
+    if not real.any():
+        raise UsageError("the attention mask hides every new token")
+    return real, hidden_states[real]
+
+
+def _unflatten(output: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """[real tokens, hidden_size] -> [rows, tokens, hidden_size], zeros where a token is not real."""
+    shape = *real.shape, output.shape[1]
+    return output.reshape(shape) if real.all() else output.new_zeros(shape).index_put((real,), output)
+
+
+def new_columns(mask: torch.Tensor, num_rows: int, num_columns: int, num_tokens: int) -> torch.Tensor:
     """The part of a 2-D mask that speaks of the new tokens: bool [rows, tokens]."""
     if mask.shape != (num_rows, num_columns):
         raise UsageError(
@@ -129,7 +200,7 @@ def _new_columns(mask: torch.Tensor, num_rows: int, num_columns: int, num_tokens
     return mask[:, -num_tokens:].bool()
 
 
-def _check_positions(position_ids: torch.Tensor | None, real: torch.Tensor) -> None:
+def check_positions(position_ids: torch.Tensor | None, real: torch.Tensor) -> None:
     """Refuse positions that do not count the real tokens of each row one by one, from wherever they start.
 
     position_ids: [rows or 1, tokens]; those with one more dimension belong to models that number pictures too.

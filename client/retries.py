@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import NoReturn
 
-from swarm.errors import CacheFull, MissingBlocks, QuotaExceeded, RoutingError, SwarmError
+from swarm.errors import CacheFull, MessageTooLarge, MissingBlocks, QuotaExceeded, RoutingError, SwarmError
 
 from .config import ClientConfig
 
@@ -50,5 +50,5 @@ class Retries:
             raise MissingBlocks(text, error.blocks) from error
         if isinstance(error, CacheFull):
             raise CacheFull(text, error.tokens_left) from error
-        keeps_type = isinstance(error, RoutingError | QuotaExceeded)
+        keeps_type = isinstance(error, RoutingError | QuotaExceeded | MessageTooLarge)
         raise (type(error) if keeps_type else RoutingError)(text) from error

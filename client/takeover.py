@@ -17,13 +17,14 @@ from swarm.routing.chain import Chain, ChainLink
 
 from .block_client import BlockClient, Expected, OpenSpan, SessionSpec, new_session_id
 from .config import ClientConfig
+from .deep_prompts import DeepPrompts
 from .history import History, Step, WireTensor, split_step
 from .links import Links
 from .patience import Patience
 from .pipeline import Hop, HopFailed, StepRun, outputs_of, remember
 
-#: `await decide(link, error)` says whether a server that failed in a replay shall be asked again.
-Decide = Callable[[ChainLink, SwarmError], Awaitable[bool]]
+#: `await decide(hop, error)` says whether a server that failed in a replay shall be asked again.
+Decide = Callable[[Hop, SwarmError], Awaitable[bool]]
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Takeover:
     """Fills the gaps in the chain of one session.
 
     hidden_size, lossless: of what travels, to be set before the first gap is filled.
+    prompts: that every server of the session needs.
     """
 
     hidden_size: int
@@ -81,6 +83,7 @@ class Takeover:
     ):
         """blame: told about every server that did not take the session."""
         self.patience = Patience(config)
+        self.prompts: DeepPrompts | None = None
         self._client = client
         self._blame = blame
         self._config = config
@@ -88,6 +91,17 @@ class Takeover:
         self._num_rows = num_rows
         self._max_length = max_length
         self._numbers = count(1)
+        self._distrusted: set[str] = set()  # peers
+
+    def distrust(self, hop: Hop) -> bool:
+        """The server behind this one ran a step that nobody asked for, or none at all: one of the two is at fault.
+
+        From now on we carry this one's outputs ourselves. False if we did already; so it is the other.
+        """
+        peer_id, pushed = hop.link.peer_id, self._config.direct_push and hop.trusted
+        self._distrusted.add(peer_id)
+        hop.trusted = False
+        return pushed
 
     def split(self, step: Step, inputs: WireTensor) -> Iterator[tuple[Step, WireTensor]]:
         """Cut a step into steps that each fit into one message, on every way of the chain."""
@@ -136,7 +150,10 @@ class Takeover:
             raise
         histories = [gap.history, *(History(self._num_rows, self._max_length) for _ in chain[1:])]
         codecs = [spec.output_codec for spec in specs]
-        return [Hop(*parts) for parts in zip(chain, spans, histories, codecs, strict=True)]
+        hops = [Hop(*parts) for parts in zip(chain, spans, histories, codecs, strict=True)]
+        for hop in hops:
+            hop.trusted = hop.link.peer_id not in self._distrusted
+        return hops
 
     def _specs(self, gap: Gap, chain: Chain) -> list[SessionSpec]:
         pushes = self._config.direct_push
@@ -157,15 +174,26 @@ class Takeover:
                 self._max_length,
                 self.hidden_size,
                 output_codec=codecs[index],
-                previous=previous[index] if pushes else None,
+                previous=self._pusher(previous[index]) if pushes else None,
                 next=following[index] if pushes else None,
             )
             for index, name in enumerate(ids)
         ]
 
+    def _pusher(self, peer_id: str | None) -> str | None:
+        """Whom a server is told to take pushes from."""
+        return None if peer_id in self._distrusted else peer_id
+
     async def _open_one(self, link: ChainLink, spec: SessionSpec) -> OpenSpan:
         try:
-            return await self._client.open(link, spec)
+            span = await self._client.open(link, spec)
+            if self.prompts is not None:
+                try:
+                    await span.give_prompts(self.prompts.of(link.span), self.lossless)
+                except BaseException:
+                    span.close()
+                    raise
+            return span
         except SwarmError as error:
             self._blame(link, error)
             raise
@@ -174,9 +202,9 @@ class Takeover:
         """Tell the servers before and after a gap who stands between them now."""
         told = []
         if self._config.direct_push and gap.before is not None:
-            told.append(_tell(gap.before, gap.before_that, hops[0].as_next))
+            told.append(_tell(gap.before, self._pusher(gap.before_that), hops[0].as_next))
         if self._config.direct_push and gap.after is not None:
-            told.append(_tell(gap.after, hops[-1].link.peer_id, gap.after_that))
+            told.append(_tell(gap.after, self._pusher(hops[-1].link.peer_id), gap.after_that))
         return told
 
     async def _replay(self, gap: Gap, hops: Sequence[Hop], decide: Decide) -> None:
@@ -197,7 +225,7 @@ class Takeover:
                 await run.run(part)
                 return run.answers
             except HopFailed as failure:
-                if not await decide(hops[failure.index].link, failure.error):
+                if not await decide(hops[failure.index], failure.error):
                     raise failure.error from failure
 
 

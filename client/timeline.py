@@ -65,9 +65,9 @@ class Report:
     """Means over the latest steps of one token per row, in seconds. Steps in which a server was replaced do not count:
     see `InferenceSession.replacements`.
 
-    steps: how many there were. client: between two steps (embeddings, head, sampling). codec: the client's own part.
-    total: of all this. unattributed: part of the total that no reading explains. pushes: times a server sent straight
-    to the next.
+    steps: how many there were of which every server's answer is here. client: between two steps (embeddings, head,
+    sampling). codec: the client's own part. total: of all this. unattributed: part of the total that no reading
+    explains. pushes: times a server sent straight to the next.
     """
 
     steps: int

@@ -14,7 +14,7 @@ import numpy as np
 from swarm.data_structures import BlockSpan
 
 from .beam import search
-from .cost import cache_factor, edge_time, entry_time, span_time
+from .cost import cache_factor, company_time, edge_time, entry_time, span_time
 from .snapshot import Snapshot
 from .table import ServerTable
 from .units import Booleans, Integers
@@ -119,6 +119,7 @@ def chain_time(
         info = record.info
         time += edge_time(snapshot, at, link.peer_id) + entry_time(info)
         time += span_time(info, len(link.span)) * cache_factor(info, cache_tokens)
+        time += company_time(info) * (cache_factor(info, cache_tokens) - 1)
         at = link.peer_id
     return time + edge_time(snapshot, at, sink)
 

@@ -5,9 +5,12 @@ The time of a chain is the sum, over its servers in order, of
     edge_time     one way from the peer before (the client, for the first): half of a measured, smoothed round trip;
                   `UNKNOWN_ROUND_TRIP` where nobody measured it, `SAME_PEER_TIME` from a peer to itself
   + entry_time    what a server spends on a step whatever its blocks: `HOP_TIME`, the rest of the batch that it works
-                  on when the step arrives, and `RELAY_TIME` if it is behind a relay
-  + span_time     the blocks that are used: their share of a decode step through the whole span, in a batch with the
-                  rows that keep the server busy at present
+                  on when the step arrives, `company_time`, and `RELAY_TIME` if it is behind a relay
+  + span_time     the blocks that are used: their share of a decode step through the whole span, as far as the step has
+                  a batch for itself
+
+A step that shares its batch leaves when the batch is done: it takes as long as the whole span, however few blocks it
+uses itself (`company_time`).
 
 and of the edge from the last server back to the client. A server whose cache this session would nearly fill counts as
 up to `SHORT_CACHE` slower (`cache_factor`), which is no prediction but a preference.
@@ -115,13 +118,19 @@ def entry_time(server: ServerInfo, extra_rows: int = 0) -> float:
     """
     rows = present_rows(server) + extra_rows
     queue_time = min(1.0, rows) * step_time(server, max(1.0, rows)) / 2
-    return HOP_TIME + queue_time + (RELAY_TIME if server.relayed else 0.0)
+    return HOP_TIME + queue_time + company_time(server, extra_rows) + (RELAY_TIME if server.relayed else 0.0)
+
+
+def company_time(server: ServerInfo, extra_rows: int = 0) -> float:
+    """Seconds of a batch with rows of others, who use the whole span as far as we know, times how likely that is."""
+    rows = present_rows(server) + extra_rows
+    return min(1.0, rows) * step_time(server, 1 + rows)
 
 
 def span_time(server: ServerInfo, num_blocks_used: int, extra_rows: int = 0) -> float:
-    """Seconds that the server computes on one more row in so many of its blocks, beside the rows that are there."""
+    """Seconds that the server computes on one more row in so many of its blocks, times how likely it is alone then."""
     rows = present_rows(server) + extra_rows
-    return num_blocks_used / len(server.span) * step_time(server, 1 + rows)
+    return max(0.0, 1.0 - rows) * num_blocks_used / len(server.span) * step_time(server, 1 + rows)
 
 
 def cache_factor(server: ServerInfo, cache_tokens: int) -> float:

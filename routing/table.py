@@ -10,7 +10,7 @@ import numpy as np
 
 from swarm.data_structures import ServerInfo, ServerState
 
-from .cost import cache_factor, entry_time, span_time
+from .cost import cache_factor, company_time, entry_time, span_time
 from .edges import Edges
 from .units import Integers, nanoseconds
 
@@ -72,9 +72,12 @@ class ServerTable:
         short = np.flatnonzero(self.cache_left - cache_tokens < cache_tokens)
         if len(short) == 0:
             return self
-        block = self.block.copy()
-        block[short] = [round(block[at] * cache_factor(self.infos[at], cache_tokens)) for at in short.tolist()]
-        return replace(self, block=block)
+        entry, block = self.entry.copy(), self.block.copy()
+        for at in short.tolist():
+            factor = cache_factor(self.infos[at], cache_tokens)
+            entry[at] += nanoseconds(company_time(self.infos[at]) * (factor - 1))
+            block[at] = round(block[at] * factor)
+        return replace(self, entry=entry, block=block)
 
 
 def _times(info: ServerInfo, extra_rows: int = 0) -> tuple[int, int]:

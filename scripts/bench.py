@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .bench_agreement import agreement
 from .bench_churn import churn
 from .bench_concurrent import concurrent
 from .bench_decode import decode
@@ -12,8 +13,11 @@ from .bench_links import links
 from .bench_memory import memory
 from .bench_overcommit import overcommit
 from .bench_prefill import prefill
+from .bench_push import push
 from .bench_quantization import quantization
+from .bench_routes import routes
 from .bench_startup import startup
+from .bench_training import training
 from .bench_wire import wire
 
 app = typer.Typer(
@@ -25,13 +29,17 @@ for command in (
     decode,
     concurrent,
     prefill,
+    training,
     overcommit,
     failover,
     churn,
     links,
+    push,
+    routes,
     wire,
     quantization,
     memory,
+    agreement,
     startup,
 ):
     app.command()(command)

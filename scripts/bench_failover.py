@@ -9,29 +9,22 @@ the prompt and all tokens so far, up to the next token.
 from __future__ import annotations
 
 import math
-import os
 import random
-import signal
 import statistics
-import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from enum import StrEnum
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .bench_attack import Attack, Stamps, Way
 from .bench_decode import even_spans, load_local
 from .bench_report import DType, JsonFile, Model, Precision, Report, ServerThreads, run_benchmark
 from .local_swarm import LocalSwarm, ServerSpec
 
 if TYPE_CHECKING:
     import torch
-
-    from swarm.client.inference_session import InferenceSession
 
     from .local_swarm import ServerProcess
 
@@ -46,15 +39,6 @@ PROMPT_SHARE = 5
 RESTART_SHARE = 4
 #: Of other sessions of the same prompt, for the usual time of a first token.
 CALM_ROUNDS = 3
-#: Seconds for a session to open its chain, so that there is a server to hit.
-CHAIN_TIMEOUT = 60.0
-
-
-class Way(StrEnum):
-    """SIGKILL: a power cut; connections break. SIGSTOP: a machine that hangs; connections stand."""
-
-    KILL = "SIGKILL"
-    STOP = "SIGSTOP"
 
 
 def failover(
@@ -91,20 +75,24 @@ def failover(
 
 @dataclass(frozen=True)
 class Round:
-    """One session and its kill, in seconds.
+    """One session and its kill, in seconds. In the JSON, each is a record.
 
-    stall: of the token that the kill hit, beyond what it usually takes. detect, route, replay: see
-    `failover.Replacement`, summed if several servers were lost. token: the usual gap between two tokens. hit: a server
-    was replaced. same: the tokens are those of plain transformers.
+    hop: which server of the chain it hit, from 0; None: the session was over first.
+    stall: of the token that the kill hit, beyond what it usually takes. detect, route, replay, replayed_tokens: see
+    `failover.Replacement`, summed over all servers that were `replaced`. token: the usual gap between two tokens.
+    hit: the server that was killed is one of those. same: the tokens are those of plain transformers.
     """
 
     way: Way
     context: int
     in_prompt: bool
+    hop: int | None
     stall: float
     detect: float
     route: float
     replay: float
+    replayed_tokens: int
+    replaced: int
     token: float
     hit: bool
     same: bool
@@ -211,8 +199,8 @@ class _Scene:
 
         prompt, usual_first = self.prompts[context], statistics.median(self.first_tokens[context])
         with self.remote.inference_session(max_length=context + NEW_TOKENS) as session:
-            attack = _Attack(self.swarm, session, way, self.random)
-            stamps = _Stamps(lambda: None if in_prompt else attack.start(HIT_TOKENS * stamps.usual_gap))
+            attack = Attack(self.swarm, session, way, self.random)
+            stamps = Stamps(CALM_TOKENS, lambda: None if in_prompt else attack.start(HIT_TOKENS * stamps.usual_gap))
             if in_prompt:
                 attack.start(usual_first)
             try:
@@ -233,10 +221,13 @@ class _Scene:
             way,
             context,
             in_prompt,
+            attack.hop,
             stall=stamps.longest_delay(attack.at, usual_first),
             detect=sum(replacement.detected for replacement in lost),
             route=sum(replacement.routed for replacement in lost),
             replay=sum(replacement.replayed for replacement in lost),
+            replayed_tokens=sum(replacement.replayed_tokens for replacement in lost),
+            replaced=len(lost),
             token=stamps.usual_gap,
             hit=victim is not None and any(replacement.lost.peer_id == victim.peer_id for replacement in lost),
             same=output[0, context:].tolist() == self.expected[context],
@@ -247,70 +238,9 @@ class _Scene:
         self.swarm.add(ServerSpec(victim.spec.blocks))
 
 
-class _Attack:
-    """One blow against a server that a session uses. at: when it fell, by `time.perf_counter`."""
-
-    def __init__(self, swarm: LocalSwarm, session: InferenceSession, way: Way, rng: random.Random):
-        self.at = math.inf
-        self._swarm, self._session, self._way, self._random = swarm, session, way, rng
-        self._victim: ServerProcess | None = None
-        self._thread: threading.Thread | None = None
-
-    def start(self, within: float) -> None:
-        """At a random moment in so many seconds from now, as soon as the session has a chain."""
-        self._thread = threading.Thread(target=self._strike, args=(self._random.uniform(0, within),), daemon=True)
-        self._thread.start()
-
-    def end(self) -> ServerProcess | None:
-        """Whom it hit."""
-        if self._thread is not None:
-            self._thread.join()
-        return self._victim
-
-    def _strike(self, delay: float) -> None:
-        time.sleep(delay)
-        deadline = time.monotonic() + CHAIN_TIMEOUT
-        while not self._session.chain:
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.001)
-        victim = self._swarm.by_peer_id(self._random.choice(self._session.chain).peer_id)
-        os.kill(victim.pid, signal.SIGKILL if self._way is Way.KILL else signal.SIGSTOP)
-        self.at, self._victim = time.perf_counter(), victim
-
-
-class _Stamps:
-    """A streamer: when each token comes."""
-
-    def __init__(self, when_calm: Callable[[], None]):
-        """when_calm: called after the last token before which nothing happens."""
-        self._stamps: list[float] = []
-        self._when_calm = when_calm
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with the prompt, then with each new token."""
-        self._stamps.append(time.perf_counter())
-        if len(self._stamps) == 1 + CALM_TOKENS:
-            self._when_calm()
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def usual_gap(self) -> float:
-        """Seconds between two tokens, the median so far."""
-        return statistics.median(later - earlier for earlier, later in pairwise(self._stamps[1:]))
-
-    def longest_delay(self, since: float, usual_first: float) -> float:
-        """Of the tokens that came after `since`: by how many seconds the slowest was slower than usual."""
-        delays = [self._stamps[1] - self._stamps[0] - usual_first] if self._stamps[1] > since else []
-        usual = self.usual_gap
-        delays += [later - earlier - usual for earlier, later in pairwise(self._stamps[1:]) if later > since]
-        return max(delays, default=0.0)
-
-
 def _summarize(report: Report, scene: _Scene) -> None:
     """Figures by way and context, prompts apart; goals are about all kills of a way."""
+    report.records = [asdict(found) for found in scene.rounds]
     for context, seconds in scene.first_tokens.items():
         report.add(f"{context} tokens: undisturbed first token", "s", seconds)
     for way in Way:

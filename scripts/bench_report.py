@@ -60,12 +60,16 @@ class Result:
 
 @dataclass
 class Report:
-    """What one benchmark found. Ratios are of medians."""
+    """What one benchmark found. Ratios are of medians.
+
+    records: of single events, where results would not tell which figures belong together; left out of the JSON if none.
+    """
 
     benchmark: str
     settings: dict[str, Any]
     results: list[Result] = field(default_factory=list)
     ratios: dict[str, float] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
 
     def add(self, name: str, unit: str, runs: Sequence[float]) -> Result:
@@ -91,16 +95,18 @@ class Report:
             "settings": self.settings,
             "results": [result.as_dict() for result in self.results],
             "ratios": self.ratios,
+            **({"records": self.records} if self.records else {}),
         }
 
     def publish(self, file: Path | None) -> None:
-        """Show the table on stdout, and write the JSON to `file`. Raises UsageError if that cannot be written."""
-        self.show()
-        if file is not None:
-            try:
+        """Write the JSON to `file`, and show the table on stdout. Raises UsageError if the file cannot be written."""
+        try:
+            if file is not None:
                 file.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
-            except OSError as error:
-                raise UsageError(f"cannot write {file}: {error.strerror}") from error
+        except OSError as error:
+            raise UsageError(f"cannot write {file}: {error.strerror}") from error
+        finally:
+            self.show()
 
     def show(self) -> None:
         from rich.console import Console
@@ -119,7 +125,9 @@ class Report:
             table.add_row(name, _rounded(ratio), "", "", "ratio")
         console = Console()
         console.print(table)
-        console.print(", ".join(f"{name} {value}" for name, value in self.settings.items()), highlight=False)
+        console.print(
+            ", ".join(f"{name} {value}" for name, value in self.settings.items()), highlight=False, markup=False
+        )
 
 
 def _rounded(figure: float) -> str:

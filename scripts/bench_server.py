@@ -1,6 +1,6 @@
 """A server for benchmarks: `python -m swarm.scripts.bench_server [--compute-time S] [--least-time S] [--drop-rate P]
-[--seed N] -- MODEL FLAGS...` with the flags of `run-server`. It is the real server, with two things done to it from
-outside:
+[--drop-rate-file FILE] [--seed N] -- MODEL FLAGS...` with the flags of `run-server`. It is the real server, with two
+things done to it from outside:
 
 - Every forward pass takes S seconds longer for each block that it runs (--compute-time), or S seconds at least for
   each (--least-time), whatever the number of tokens: the engine's thread sleeps, so that a few cores can stand for many
@@ -17,9 +17,10 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,11 +42,26 @@ logger = logging.getLogger(__name__)
 
 
 def bench_program(
-    *, compute_time: float = 0.0, least_time: float = 0.0, drop_rate: float = 0.0, seed: int = 0
+    *,
+    compute_time: float = 0.0,
+    least_time: float = 0.0,
+    drop_rate: float = 0.0,
+    drop_rate_file: Path | None = None,
+    seed: int = 0,
 ) -> tuple[str, ...]:
-    """What `ServerSpec.program` takes. compute_time, least_time: see `Slowness`."""
-    flags = {"--compute-time": compute_time, "--least-time": least_time, "--drop-rate": drop_rate, "--seed": seed}
+    """What `ServerSpec.program` takes. compute_time, least_time: see `Slowness`. drop_rate_file: see `write_rate`."""
+    flags: dict[str, object] = {"--compute-time": compute_time, "--least-time": least_time, "--seed": seed}
+    flags["--drop-rate"] = drop_rate
+    if drop_rate_file is not None:
+        flags["--drop-rate-file"] = drop_rate_file
     return "swarm.scripts.bench_server", *(str(part) for flag in flags.items() for part in flag), "--"
+
+
+def write_rate(file: Path, rate: float) -> None:
+    """From now on, the servers that were given this file lose so many of the activations that come in."""
+    new = file.with_suffix(".new")
+    new.write_text(repr(rate))
+    new.replace(file)  # nobody reads half of it
 
 
 @dataclass(frozen=True)
@@ -87,8 +103,8 @@ class SlowSpan(Span):
 class Drops:
     """Stands in for an engine's `submit` and loses sessions at random."""
 
-    def __init__(self, engine: Engine, handler: Handler, rate: float, seed: int):
-        """rate: the probability for each step. seed: for the same steps in the same order, the same are lost."""
+    def __init__(self, engine: Engine, handler: Handler, rate: Callable[[], float], seed: int):
+        """rate: the probability, asked for each step. seed: for the same steps in the same order, the same are lost."""
         self._submit = engine.submit
         self._handler = handler
         self._rate = rate
@@ -96,7 +112,7 @@ class Drops:
 
     def submit(self, task: StepTask) -> Future[StepOutput]:
         """Called on the event loop. The future of a lost step never gets a result: its session is gone first."""
-        if self._random.random() >= self._rate:
+        if self._random.random() >= self._rate():
             return self._submit(task)
         drop_session(self._handler, task)
         return task.future
@@ -114,7 +130,7 @@ def drop_session(handler: Handler, task: StepTask) -> None:
 
 
 class BenchServer(Server):
-    def __init__(self, *arguments: Any, slowness: Slowness, drop_rate: float, seed: int, **settings: Any):
+    def __init__(self, *arguments: Any, slowness: Slowness, drop_rate: Callable[[], float], seed: int, **settings: Any):
         super().__init__(*arguments, **settings)
         self._slowness = slowness
         self._drop_rate = drop_rate
@@ -137,17 +153,21 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--compute-time", type=float, default=0.0, help="added seconds per block and pass")
     parser.add_argument("--least-time", type=float, default=0.0, help="seconds per block and pass at least")
     parser.add_argument("--drop-rate", type=float, default=0.0, help="probability for each activation")
+    parser.add_argument("--drop-rate-file", type=Path, help="where it stands instead; read at each activation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("run_server", nargs=argparse.REMAINDER, metavar="-- MODEL FLAGS...")
     options = parser.parse_args(arguments)
     if min(options.compute_time, options.least_time) < 0 or not 0 <= options.drop_rate <= 1:
         parser.error("a time is 0 or more, a drop rate from 0 to 1")
 
+    def drop_rate() -> float:
+        return options.drop_rate if options.drop_rate_file is None else float(options.drop_rate_file.read_text())
+
     def bench_server(*arguments: Any, **settings: Any) -> BenchServer:
         return BenchServer(
             *arguments,
             slowness=Slowness(options.compute_time, options.least_time),
-            drop_rate=options.drop_rate,
+            drop_rate=drop_rate,
             seed=options.seed,
             **settings,
         )

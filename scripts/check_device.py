@@ -1,4 +1,4 @@
-"""`swarm check-device`: does a swarm on this device give the tokens of plain transformers on it?
+"""`swarm check-device`: does a swarm on this device give the tokens and gradients of plain transformers on it?
 
 For each kind of weights, servers and clients in processes of their own generate beside each other, and plain
 transformers generates the same in this one. On a GPU, a decoding step is also captured as a CUDA graph and replayed.
@@ -19,6 +19,7 @@ import typer
 from swarm.errors import SwarmError
 
 from .bench_quantization import Kind
+from .check_gradients import check_gradients
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,10 @@ def random_model(folder: Path) -> str:
 
 
 def check_kind(model: str, kind: Kind, *, device: str, num_servers: int, num_clients: int, new_tokens: int) -> bool:
-    """Clients one after the other, then all at once; prints a line for each. False if more than rounding differs."""
+    """Clients one after the other, then all at once, and a gradient. False if more than rounding differs.
+
+    Prints a line for each.
+    """
     from swarm.architectures import num_blocks
     from swarm.checkpoint import open_checkpoint
 
@@ -105,6 +109,7 @@ def check_kind(model: str, kind: Kind, *, device: str, num_servers: int, num_cli
     from .local_swarm import LocalSwarm
 
     checkpoint = open_checkpoint(model)
+    plain = load_local(checkpoint, kind.dtype, kind.quantization, device)
     flags = ["--device", device, "--dtype", kind.dtype, "--quantization", kind.quantization]
     spans = [str(span) for span in even_spans(num_blocks(checkpoint.config), num_servers)]
     with ExitStack() as stack:
@@ -120,10 +125,9 @@ def check_kind(model: str, kind: Kind, *, device: str, num_servers: int, num_cli
             "alone": [_answers([child])[0] for child in children],
             "together": _answers(children),
         }
+        ok = check_gradients(model, kind, plain, swarm.initial_peers)
 
-    plain = load_local(checkpoint, kind.dtype, kind.quantization, device)
     prompts = [random_prompt(checkpoint.config, PROMPT_TOKENS, seed).to(device) for seed in range(num_clients)]
-    ok = True
     for how, texts in found.items():
         differences = [first_difference(plain, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         leads = [lead for lead in differences if lead is not None]

@@ -211,6 +211,12 @@ class LocalSwarm:
             server.wait_until_ready(self._start_timeout)
         return server
 
+    def direct_connections(self) -> list[str]:
+        """Connections of servers at this moment that by-pass their links, described. Each server must have a link."""
+        ports = [server.link.server for server in self.servers if server.link is not None]
+        assert len(ports) == len(self.servers), "not every server of this swarm has a link"
+        return direct_connections(ports, self.proxy.pid)
+
     def by_peer_id(self, peer_id: str) -> ServerProcess:
         return next(server for server in self.servers if server.peer_id == peer_id)
 
@@ -241,7 +247,5 @@ class LocalSwarm:
 
 def assert_no_direct_connections(swarm: LocalSwarm) -> None:
     """For tests: whoever talks to a server of this swarm at this moment does so through its link."""
-    ports = [server.link.server for server in swarm.servers if server.link is not None]
-    assert len(ports) == len(swarm.servers), "not every server of this swarm has a link"
-    direct = direct_connections(ports, swarm.proxy.pid)
+    direct = swarm.direct_connections()
     assert not direct, f"connections by-pass the links: {'; '.join(direct)}"

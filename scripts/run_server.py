@@ -76,6 +76,9 @@ def run_server(
             min=0, help="While a prompt is prefilled, others' tokens come at most about this many times slower; 0: off."
         ),
     ] = 3.0,
+    max_pass_tokens: Annotated[
+        int, typer.Option(min=1024, help="Tokens in one forward or backward pass for training; more are refused.")
+    ] = 4096,
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -141,6 +144,7 @@ def run_server(
             cache_tokens=cache_tokens,
             cache_overcommit=cache_overcommit,
             max_stall=max_stall,
+            max_pass_tokens=max_pass_tokens,
             host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
             announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
             identity_path=identity_path,

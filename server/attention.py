@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from .batch import FlatBatch, RowView
+from .batch import FlatBatch, RowView, WholeRows
 from .decode_batch import DecodeBatch
 
 NAME = "swarm"
@@ -29,7 +29,7 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    flat_batch: FlatBatch | DecodeBatch,
+    flat_batch: FlatBatch | DecodeBatch | WholeRows,
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -44,11 +44,15 @@ def paged_attention(
     sliding_window, softcap, s_aux: passed by models that use them (Mistral, Gemma 2, gpt-oss).
     like_plain: see `use_paged_attention`.
     Returns [1, tokens, heads, head_dim], zeros for padding.
+
+    Of whole rows nothing is stored, and gradients pass.
     """
+    variant = Variant(scaling, sliding_window, softcap, s_aux, like_plain)
+    if isinstance(flat_batch, WholeRows):
+        return _attend_whole(flat_batch, query, key, value, variant), None
     keys, values = flat_batch.cache.storage(module.layer_idx, key, value)  # type: ignore[arg-type]
     keys.index_copy_(2, flat_batch.slots, key[:, :, : flat_batch.num_tokens])
     values.index_copy_(2, flat_batch.slots, value[:, :, : flat_batch.num_tokens])
-    variant = Variant(scaling, sliding_window, softcap, s_aux, like_plain)
     if isinstance(flat_batch, DecodeBatch):
         return _attend_together(flat_batch, query, keys, values, variant), None
     outputs = [_attend_row(row, query, keys, values, variant).transpose(1, 2) for row in flat_batch.rows]
@@ -73,6 +77,36 @@ class Variant(NamedTuple):
     def is_explicit(self) -> bool:
         """The fused kernels lack this."""
         return self.softcap is not None or self.sinks is not None
+
+
+def _attend_whole(
+    batch: WholeRows, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, variant: Variant
+) -> torch.Tensor:
+    """Every row to itself alone; neighbours of the same length in one call. Returns [1, tokens, heads, head_dim]."""
+    outputs = []
+    for first, rows, length in batch.groups:
+        q, k, v = (
+            # [1, heads, rows * length, head_dim] -> [rows, heads, length, head_dim]
+            tensor[0, :, first : first + rows * length].unflatten(1, (rows, length)).transpose(0, 1)
+            for tensor in (query, key, value)
+        )
+        windowed = variant.window is not None and length > variant.window
+        mask = batch.mask(length, variant.window, query) if windowed or variant.is_explicit else None
+        if variant.is_explicit:
+            assert mask is not None
+            output = _attend_explicitly(q, k, v, mask, variant)
+        else:
+            output = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=variant.scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
 
 def _attend_row(

@@ -6,7 +6,9 @@ prefill chunks of any length mix freely.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
@@ -22,6 +24,14 @@ class RowChunk:
     num_tokens: int
     start: int
     end: int
+
+    @property
+    def prompts(self) -> torch.Tensor | None:
+        """Deep prompts that the first of these tokens are to get: [blocks from `start` on, tokens, hidden_size]."""
+        prompts = self.cache.session.prompts
+        if prompts is None or self.position >= prompts.shape[1]:
+            return None
+        return prompts[:, self.position : self.position + self.num_tokens]
 
 
 @dataclass
@@ -55,15 +65,61 @@ class RowView:
         """
         if window not in self._masks:
             shape = self.num_tokens, self.num_visible(window)
-            query = torch.arange(self.length - shape[0], self.length, device=like.device)[:, None]
-            key = torch.arange(self.length - shape[1], self.length, device=like.device)[None, :]
-            hidden = key > query
-            if window is not None:
-                hidden |= key <= query - window
-            self._masks[window] = torch.zeros(shape, dtype=like.dtype, device=like.device).masked_fill_(
-                hidden, float("-inf")
-            )
+            self._masks[window] = causal_mask(*shape, window, like)
         return self._masks[window]
+
+
+def causal_mask(num_queries: int, num_keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """[num_queries, num_keys], both at the end of the same sequence: 0 where a query may see a key, else -inf."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=like.device)[:, None]
+    key = torch.arange(num_keys, device=like.device)[None, :]
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    mask = torch.zeros(num_queries, num_keys, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, float("-inf"))
+
+
+class WholeRows:
+    """Whole sequences side by side, for passes that keep nothing: no cache, and every token sees those before it."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.lengths = lengths
+        #: Neighbours of the same length are attended to together: (first token, rows, tokens of each).
+        self.groups: list[tuple[int, int, int]] = []
+        first = 0
+        for length, rows in groupby(lengths):
+            count = len(list(rows))
+            self.groups.append((first, count, length))
+            first += count * length
+        #: int64 [1, tokens]
+        self.position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._prompted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def mask(self, length: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """[length, length], like's dtype and device: 0 where a token sees another, else -inf."""
+        if (length, window) not in self._masks:
+            self._masks[length, window] = causal_mask(length, length, window, like)
+        return self._masks[length, window]
+
+    def add_prompts(self, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+        """Deep prompts, [prompt tokens, hidden_size], added to the first tokens of every row (of shorter ones, to all).
+
+        hidden: [tokens, hidden_size] -> the same shape.
+        """
+        if prompts is None:
+            return hidden
+        tokens, sources = self._where_prompted(len(prompts))
+        return hidden.index_add(0, tokens, prompts[sources])
+
+    def _where_prompted(self, num_prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens have prompts, and which prompt each of them has."""
+        if num_prompts not in self._prompted:
+            sources = self.position_ids[0]
+            tokens = (sources < num_prompts).nonzero().squeeze(1)
+            self._prompted[num_prompts] = tokens, sources[tokens]
+        return self._prompted[num_prompts]
 
 
 class FlatBatch:

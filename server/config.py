@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from swarm.data_structures import BlockSpan
+from swarm.passes import MAX_PASS_TOKENS
 
 from .eviction import EvictionLimits
 from .quotas import QuotaLimits
@@ -107,6 +108,11 @@ class ServerConfig(BaseModel):
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**20)] = 1024
     """Tokens in one forward pass; a longer prompt is prefilled in several."""
 
+    max_pass_tokens: Annotated[int, Field(ge=MAX_PASS_TOKENS, le=2**20)] = 4096
+    """Tokens in one forward or backward pass for training; more are refused. Clients send up to 1,024 without asking.
+    About 512 run at a time, or one longer sequence: that holds sessions up for as long as a block takes for it, and a
+    backward pass keeps its activations."""
+
     max_stall: Annotated[float, Field(ge=0, le=1e6)] = DEFAULT_MAX_STALL
     """While a prompt is prefilled, the gaps between other sessions' tokens grow to about this many times the usual:
     prompts run in chunks of the size that allows it. 0: no limit, so always up to `max_batch_tokens` at once."""
@@ -138,6 +144,10 @@ class ServerConfig(BaseModel):
     max_streams_per_peer: Annotated[int, Field(ge=1, le=2**20)] = QuotaLimits.max_streams
     """Streams that one peer may have open at once: one for each session, besides those that it pushes over."""
 
+    max_kept_bytes_per_peer: MemorySize = ByteSize(QuotaLimits.max_kept_bytes)
+    """Bytes of deep prompts, in float32, that one peer's sessions may keep here, as a number or "128MiB", and that one
+    pass for training may bring; it is refused more."""
+
     max_bytes_in_flight_per_peer: MemorySize = ByteSize(QuotaLimits.max_bytes_in_flight)
     """Bytes of one peer's tensors that are read, computed on or answered, as a number or "128MiB". What goes beyond is
     not read until there is room."""
@@ -154,12 +164,16 @@ class ServerConfig(BaseModel):
     step_timeout: Seconds = 120.0
     """Longest that a step may wait for the device and run."""
 
+    pass_timeout: Seconds = 600.0
+    """Longest that a pass for training may wait for the device and run."""
+
     @property
     def quota_limits(self) -> QuotaLimits:
         """What each peer may take."""
         return QuotaLimits(
             max_sessions=self.max_sessions_per_peer,
             max_streams=self.max_streams_per_peer,
+            max_kept_bytes=self.max_kept_bytes_per_peer,
             max_bytes_in_flight=self.max_bytes_in_flight_per_peer,
             requests_per_second=self.requests_per_second_per_peer,
             request_burst=self.request_burst_per_peer,

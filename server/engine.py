@@ -25,6 +25,8 @@ from .eviction import EvictionLimits
 from .kv_cache import KVCache
 from .pace import Pace
 from .page_queue import PageQueue
+from .pass_runner import PassRunner
+from .passes import PassOutput, PassTask
 from .recovery import Outcome, run_batch
 from .reorder import reorder_rows
 from .scheduler import Kind, Waiting, next_batch
@@ -36,11 +38,13 @@ logger = logging.getLogger(__name__)
 
 #: While all steps wait for pages, look again once in this many seconds, lest a turn ends unnoticed.
 LOOK_AGAIN = 0.1
+#: While training waits for rows that decode, look again once in this many seconds.
+LOOK_AGAIN_FOR_TRAINING = 0.005
 
 
 @dataclass(frozen=True)
 class Load:
-    """Rows that the device works on, and rows whose next tokens wait for it."""
+    """Rows that the device works on, and rows whose next tokens wait for it. A running pass counts as one row."""
 
     running_rows: int
     waiting_rows: int
@@ -78,7 +82,7 @@ class Engine:
         self._look_again = 0.0
         cache.on_release = self._on_release
         self._pace = Pace(max_stall)
-        self._batches_without_training = 0
+        self._pass_runner = PassRunner(span)
         self._free_since = 0.0
         self._wake = threading.Condition()
         self._stopping = False
@@ -108,6 +112,16 @@ class Engine:
                 self._wake.notify()
         return task.future
 
+    def submit_pass(self, task: PassTask) -> Future[PassOutput]:
+        """Queue a pass for training. The future fails with a SwarmError; cancelling it drops what has not run yet."""
+        with self._wake:
+            if self._stopping:
+                task.fail(EngineError("the server is stopping"))
+            else:
+                self._pass_runner.add(task)
+                self._wake.notify()
+        return task.future
+
     @property
     def load(self) -> Load:
         """What the engine has to do at this moment. From any thread."""
@@ -119,15 +133,20 @@ class Engine:
                 for done, row in zip(task.progress, task.rows, strict=True)
             )
             running = min(self._running_rows, unfinished)
-        return Load(running, unfinished - running)
+            passes = int(self._pass_runner.is_running)
+        return Load(running + passes, unfinished - running)
 
     def _run(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         try:
             while (tasks := self._wait_for_work()) is not None:
-                if ready := self._with_pages(tasks):
+                if not tasks:
+                    self._train()
+                elif ready := self._with_pages(tasks):
                     self.step(ready)
+                    if self._pass_runner.passed_over(time.monotonic()):  # steps go before training, but not for ever
+                        self._train()
         except Exception:
             logger.exception("the engine's thread ends")
             self._on_death()
@@ -136,8 +155,10 @@ class Engine:
                 self._stopping = True
             for task in self._tasks:
                 task.fail(EngineError("the server is stopping"))
+            self._pass_runner.fail_all(EngineError("the server is stopping"))
 
     def _wait_for_work(self) -> list[StepTask] | None:
+        """Steps for the next batch; none where a piece of training may run instead. None if the engine stops."""
         with self._wake:
             while True:
                 if self._stopping:
@@ -146,6 +167,10 @@ class Engine:
                 wait = self._seconds_to_wait()
                 if wait is not None and wait <= 0.0:
                     return list(self._tasks)
+                if self._pass_runner.has_work and self._no_step_is_near():
+                    if self._may_train():
+                        return []
+                    wait = min(wait or LOOK_AGAIN_FOR_TRAINING, LOOK_AGAIN_FOR_TRAINING)
                 self._wake.wait(wait)
 
     def _seconds_to_wait(self) -> float | None:
@@ -162,6 +187,22 @@ class Engine:
         prompt_waits = any(task.kind(row) is not Kind.DECODE for task in self._tasks for row in task.rows)
         patience = self._pace.patience() if prompt_waits else 0.0
         return self._settling.wait_until(ready_since, patience) - time.monotonic()
+
+    def _no_step_is_near(self) -> bool:
+        """Steps that are here wait for pages, not for others to come."""
+        return all(task.waits_for_pages for task in self._tasks)
+
+    def _may_train(self) -> bool:
+        """Whether the next piece of training would be done before a row that decodes needs the device."""
+        now = time.monotonic()
+        self._pace.forget(lambda row: row.released)
+        return self._pass_runner.may_begin(self._pace.seconds_left((), now), now)
+
+    def _train(self) -> None:
+        if self._pass_runner.run_piece():
+            with self._wake:
+                self._free_since = time.monotonic()
+                self._pace.disturbed(self._free_since)
 
     def _with_pages(self, tasks: list[StepTask]) -> list[StepTask]:
         """Those that can run; the others wait for pages of an overcommitted cache, or fail."""
@@ -244,10 +285,7 @@ class Engine:
             self._pace.forget(lambda row: row.released)
             if len(decoding) < len(waiting):
                 bulk_tokens = self._pace.bulk_tokens(decoding, self.max_batch_tokens, time.monotonic())
-        taken = next_batch(waiting, self.max_batch_tokens, bulk_tokens, self._batches_without_training)
-        training = [size for size, entry in zip(taken, waiting, strict=True) if entry.kind is Kind.TRAINING]
-        self._batches_without_training = self._batches_without_training + 1 if training and not any(training) else 0
-        return taken
+        return next_batch(waiting, self.max_batch_tokens, bulk_tokens)
 
     def _make_room(self, task: StepTask, index: int, num_tokens: int) -> RowChunk | None:
         """Cache pages for the next tokens of a row, held for this batch. None if its session ended or gets too long."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 from hivemind.p2p import P2P, P2PContext
@@ -23,6 +24,7 @@ from swarm.errors import (
     SessionLost,
     SwarmError,
 )
+from swarm.passes import PASS_STREAM, PassRequest
 from swarm.protocol import (
     INFERENCE_STREAM,
     MAX_UPLOAD_BYTES,
@@ -36,6 +38,7 @@ from swarm.rpc import FrameStream
 
 from .engine import Engine
 from .openings import Openings
+from .pass_stream import serve_pass
 from .quotas import Hold, PeerQuotas
 from .session_stream import SessionStream, error_reply
 from .sessions import Session, SessionTable
@@ -44,6 +47,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds within which a push stream must say which session it is for, and again for that session to be here.
 PUSH_PATIENCE = 60.0
+#: Seconds that somebody who was refused has to read why, and to stop sending.
+LINGER = 1.0
+#: Streams of one peer that get this time at once. They count in no quota any more, so further ones are closed at once.
+MAX_LINGERING = 32
 
 
 class Handler:
@@ -59,6 +66,8 @@ class Handler:
         quotas: PeerQuotas,
         idle_limit: float,
         step_timeout: float,
+        pass_timeout: float,
+        max_pass_tokens: int,
     ):
         self.engine = engine
         self.sessions = sessions
@@ -66,11 +75,15 @@ class Handler:
         self._info = info
         self.idle_limit = idle_limit
         self.step_timeout = step_timeout
+        self.pass_timeout = pass_timeout
+        self.max_pass_tokens = max_pass_tokens
         self.quotas = quotas
         self._openings = Openings()
         self.p2p: P2P
         self.by_session: dict[str, SessionStream] = {}
         self._streams: set[SessionStream] = set()
+        self._passes: set[asyncio.Task[object]] = set()
+        self._lingering: Counter[str] = Counter()  # streams that were refused, by peer
         self.draining = False
 
     async def register(self, p2p: P2P) -> None:
@@ -78,6 +91,7 @@ class Handler:
         self.p2p = p2p
         await p2p.add_binary_stream_handler(INFERENCE_STREAM, self._serve)
         await p2p.add_binary_stream_handler(PUSH_STREAM, self._serve_pushes)
+        await p2p.add_binary_stream_handler(PASS_STREAM, self._serve_pass)
 
     async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         await self.quotas.request(str(context.remote_id))
@@ -92,19 +106,31 @@ class Handler:
         return runtime_pb2.ExpertUID(uid=str(size))
 
     async def drain(self, timeout: float) -> None:
-        """Take no more sessions, tell the running ones to move, and wait until they did, `timeout` seconds at most."""
+        """Take no more sessions and passes, tell the running sessions to move, and wait until they did and the running
+        passes are done, `timeout` seconds at most."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):  # telling too: a peer that reads nothing must not keep us here
                 await asyncio.gather(*(stream.tell_moving() for stream in self._streams))
-                while self._streams:
-                    await asyncio.wait({stream.task for stream in self._streams})
-        for stream in list(self._streams):
-            stream.task.cancel()
+                while remaining := self._serving():
+                    await asyncio.wait(remaining)
+        for task in self._serving():
+            task.cancel()
+
+    def _serving(self) -> set[asyncio.Task[object]]:
+        """The tasks that serve sessions and passes at this moment."""
+        return {stream.task for stream in self._streams} | self._passes
 
     def open_session(self, request: OpenSession, peer_id: str) -> Session:
+        self.check_request(request)
+        session = self.sessions.open(request, peer_id)
+        self._openings.opened(peer_id)
+        return session
+
+    def check_request(self, request: OpenSession | PassRequest) -> None:
+        """Raises SwarmError unless this is a server for it."""
         if self.draining:
-            raise PeerRefused("this server is leaving and takes no new sessions")
+            raise PeerRefused("this server is leaving and takes no new sessions or passes")
         if request.fingerprint != self._fingerprint:
             raise PeerRefused(
                 f"this server serves weights {self._fingerprint[:12]}, not the requested {request.fingerprint[:12]}"
@@ -114,16 +140,34 @@ class Handler:
             raise BadSpan(f"this server holds blocks {blocks}, not all of the requested {request.span}")
         if any(adapter is not None for adapter in request.adapters):
             raise NotSupported("this server holds no adapters")
-        session = self.sessions.open(request, peer_id)
-        self._openings.opened(peer_id)
-        return session
+
+    async def _serve_pass(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream, peer_id = FrameStream(reader, writer), str(info.peer_id)
+        task = asyncio.current_task()
+        assert task is not None
+        self._passes.add(task)
+        try:
+            with self.quotas.stream(peer_id):
+                try:
+                    await serve_pass(self, stream, peer_id)
+                except PeerUnreachable:
+                    pass  # nobody waits for the answer
+                except SwarmError as error:
+                    await self._turn_away(stream, peer_id, error)
+        except QuotaExceeded as error:
+            await self._turn_away(stream, peer_id, error)
+        except asyncio.CancelledError:  # the server stops
+            pass
+        finally:
+            self._passes.discard(task)
+            stream.close()
 
     async def _serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         frames, peer_id = FrameStream(reader, writer), str(info.peer_id)
         try:
             hold = self.quotas.stream(peer_id)
         except QuotaExceeded as error:
-            await _turn_away(frames, peer_id, error)
+            await self._turn_away(frames, peer_id, error)
             return
         with hold:
             stream = SessionStream(self, frames, peer_id)
@@ -142,7 +186,7 @@ class Handler:
         except PeerUnreachable:
             pass  # the usual end
         except SwarmError as error:
-            await _turn_away(stream, peer_id, error)
+            await self._turn_away(stream, peer_id, error)
         except TimeoutError:
             logger.info("closed a stream of %s, which did not say within %g s what for", info.peer_id, PUSH_PATIENCE)
         finally:
@@ -200,10 +244,17 @@ class Handler:
         session.check_pusher(peer_id)
         return session
 
-
-async def _turn_away(stream: FrameStream, peer_id: str, error: SwarmError) -> None:
-    """Say why, and close the stream."""
-    logger.info("refused a stream of %s: %.300r", peer_id, error)  # it may quote a stranger
-    with contextlib.suppress(PeerUnreachable):
-        await stream.send(error_reply(error))
-    stream.close()
+    async def _turn_away(self, stream: FrameStream, peer_id: str, error: SwarmError) -> None:
+        """Say why, and close the stream once what was on its way has come: else that could take the answer along."""
+        logger.info("refused a stream of %s: %.300r", peer_id, error)  # it may quote a stranger
+        with contextlib.suppress(PeerUnreachable):
+            await stream.send(error_reply(error))
+            if self._lingering[peer_id] < MAX_LINGERING:
+                self._lingering[peer_id] += 1
+                try:
+                    await stream.linger(LINGER)
+                finally:
+                    self._lingering[peer_id] -= 1
+                    if not self._lingering[peer_id]:
+                        del self._lingering[peer_id]
+        stream.close()

@@ -46,6 +46,7 @@ class SessionCache:
     entered, last_used: when it took its first page, and when its last batch ended, in seconds of `time.monotonic`.
     waiting_since: when it began to wait for the pages that it lacks, in one step or several; None if it lacks none.
     generating: it went beyond its prompt or replay since it entered. evicted: its rows were released for others.
+    prompts: deep prompts, [blocks of the session, prompt tokens, hidden_size], on the cache's device in its dtype.
     reorder_number: of the last reordering of its rows that was done, see `swarm.protocol.Reorder`.
     """
 
@@ -56,6 +57,7 @@ class SessionCache:
         self.generating = False
         self.evicted = False
         self.reorder_number = 0
+        self.prompts: torch.Tensor | None = None
 
     @property
     def num_pages(self) -> int:

@@ -84,7 +84,7 @@ class Pace:
     def finished(
         self, rows: Collection[Hashable], bulk_tokens: int, any_decode: bool, started: float, now: float
     ) -> None:
-        """A batch with so many tokens of prompts and training ended, and the results of these rows leave."""
+        """A batch with so many tokens of prompts ended, and the results of these rows leave."""
         self._times.observe(bulk_tokens, any_decode, now - started)
         for row in rows:
             known = self._rows.setdefault(row, _Row(now))
@@ -94,13 +94,17 @@ class Pace:
         if bulk_tokens:
             self._bulk_at = now
 
+    def disturbed(self, now: float) -> None:
+        """Work that is no part of a batch held the device up until now: gaps across it are not the usual ones."""
+        self._bulk_at = now
+
     def forget(self, is_gone: Callable[[Any], bool]) -> None:
         """Drop what is known of rows that will not come back."""
         self._rows = {row: known for row, known in self._rows.items() if not is_gone(row)}
 
     def bulk_tokens(self, present: Collection[Hashable], max_tokens: int, now: float) -> int:
-        """How many tokens of prompts and training the next batch may hold. present: rows that decode in it."""
-        left = self._seconds_left(present, now) if self._max_stall else None
+        """How many tokens of prompts the next batch may hold. present: rows that decode in it."""
+        left = self.seconds_left(present, now)
         if left is None:
             return max_tokens
         return min(max_tokens, max(MIN_CHUNK, self._times.tokens_within(left)))
@@ -109,8 +113,10 @@ class Pace:
         """How long a prompt should wait for rows that are coming: a batch without them costs as much time by itself."""
         return self._times.base or 0.0 if self._max_stall else 0.0
 
-    def _seconds_left(self, present: Collection[Hashable], now: float) -> float | None:
-        """How long the next batch may take. None if nobody decodes."""
+    def seconds_left(self, present: Collection[Hashable], now: float) -> float | None:
+        """How long the next batch may take. None if nobody decodes, or stalls do not matter."""
+        if not self._max_stall:
+            return None
         lefts = []
         usual = self._usual_gap()
         for row, known in self._rows.items():

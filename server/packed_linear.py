@@ -17,6 +17,8 @@ from torch import nn
 
 from swarm.product_timing import sample_of, seconds
 
+from .frozen_product import frozen_product
+
 #: Rows for which weights are packed; oneDNN uses the same layout for any number.
 _PACKED_FOR = 16
 #: oneDNN compiles code for every number of rows, and keeps what it compiled for each layer's shape: by default 1,024
@@ -52,16 +54,27 @@ class PackedLinear(nn.Module):
         return self.packed.numel() * self.packed.element_size()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and input.requires_grad:
-            return F.linear(input, self.weight, self.bias)
+        return frozen_product(input, self)
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """input: [..., in_features] -> [..., out_features], without gradients."""
         return packed_product(input, self.packed, self.bias)
+
+    def backward_product(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the input, of that of the output.
+
+        By the routine of the forward product: for hundreds of rows it can take half as long as the usual one, and
+        unpacking the weight is a small part of that.
+        """
+        return packed_product(gradient, self.weight.t())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def packed_product(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """What `F.linear` computes. input: [..., in_features], in the weights' dtype; packed: made by `_pack`."""
+    """What `F.linear` computes. input: [..., in_features], in the weights' dtype; packed: made by `_pack`,
+    or plain."""
     output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
     return output
 

@@ -42,8 +42,11 @@ def finish_layers(block: nn.Module, dtype: torch.dtype) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     from .int8_linear import take_fewer_steps
+    from .nf4_linear import let_gradients_pass
 
     for layer in block.modules():
+        if isinstance(layer, Linear4bit):
+            let_gradients_pass(layer)
         if layer_device(layer) != "cpu":
             continue
         if isinstance(layer, Linear8bitLt):

@@ -24,12 +24,14 @@ _SHORTEST_SLEEP = 1e-3
 class QuotaLimits:
     """For each peer; see `ServerConfig` for what they mean to an operator. All above 0.
 
-    max_bytes_in_flight: bytes of tensors. requests_per_second: in the long run; request_burst: at once after a pause.
+    max_bytes_in_flight: bytes of tensors; max_kept_bytes: of those that stay with a session.
+    requests_per_second: in the long run; request_burst: at once after a pause.
     """
 
     max_sessions: int = 256
     max_streams: int = 512
     max_bytes_in_flight: int = 128 * 2**20
+    max_kept_bytes: int = 128 * 2**20
     requests_per_second: float = 10_000.0
     request_burst: int = 10_000
 
@@ -69,6 +71,7 @@ class _Usage:
     sessions: int = 0
     streams: int = 0
     bytes_in_flight: int = 0
+    kept_bytes: int = 0
     waiting: int = 0
     bucket_full_at: float = -math.inf
     byte_line: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -77,7 +80,7 @@ class _Usage:
 
     @property
     def holds_nothing(self) -> bool:
-        return not (self.sessions or self.streams or self.bytes_in_flight or self.waiting)
+        return not (self.sessions or self.streams or self.bytes_in_flight or self.kept_bytes or self.waiting)
 
 
 class PeerQuotas:
@@ -121,6 +124,27 @@ class PeerQuotas:
             )
         return self._hold(peer_id, usage, streams=1)
 
+    def kept(self, peer_id: str, size: int) -> Hold:
+        """Count bytes that a session keeps until the hold is released. Raises QuotaExceeded."""
+        usage = self._usage(peer_id)
+        if usage.kept_bytes + size > self._limits.max_kept_bytes:
+            raise QuotaExceeded(
+                f"this peer's sessions keep {usage.kept_bytes} bytes here, and {size} more are beyond the "
+                f"{self._limits.max_kept_bytes} that this server grants to one peer: close some, or use shorter prompts"
+            )
+        return self._hold(peer_id, usage, kept=size)
+
+    def check_prompts(self, size: int) -> None:
+        """Raises QuotaExceeded for deep prompts of a pass that would be too large for a session, too.
+
+        They stay for one pass alone, so they are not counted; but a single tensor may exceed all bytes in flight.
+        """
+        if size > self._limits.max_kept_bytes:
+            raise QuotaExceeded(
+                f"deep prompts of {size} bytes are beyond the {self._limits.max_kept_bytes} that this server grants to "
+                "one peer: use shorter ones"
+            )
+
     async def bytes(self, peer_id: str, size: int) -> Hold:
         """Wait until the peer has room for a tensor of this many bytes, then count it until the hold is released.
 
@@ -161,13 +185,17 @@ class PeerQuotas:
             usage = self._peers[peer_id] = _Usage()
         return usage
 
-    def _hold(self, peer_id: str, usage: _Usage, *, sessions: int = 0, streams: int = 0, size: int = 0) -> Hold:
+    def _hold(
+        self, peer_id: str, usage: _Usage, *, sessions: int = 0, streams: int = 0, size: int = 0, kept: int = 0
+    ) -> Hold:
         usage.sessions += sessions
+        usage.kept_bytes += kept
         usage.streams += streams
         usage.bytes_in_flight += size
 
         def give_back() -> None:
             usage.sessions -= sessions
+            usage.kept_bytes -= kept
             usage.streams -= streams
             usage.bytes_in_flight -= size
             if size:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from swarm.errors import EngineError
+from swarm.errors import EngineError, SessionLost, SwarmError
 
 from .kv_cache import KVCache, RowCache
+from .recovery import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 
 def reorder_rows(cache: KVCache, rows: Sequence[RowCache], sources: Sequence[int], keep: Sequence[int]) -> None:
@@ -17,8 +21,24 @@ def reorder_rows(cache: KVCache, rows: Sequence[RowCache], sources: Sequence[int
 
     Only what differs between the two is copied, and a row takes no more pages than keep[i] tokens need: a step that
     waited for pages was given enough for itself, not for what it is about to forget.
-    For the engine's thread, between batches. Raises EngineError if the session ended meanwhile.
+    For the engine's thread, between batches. Raises EngineError if the session ended meanwhile, SessionLost if copying
+    failed, as it does without memory: some layers may be reordered then and others not, so the session is evicted.
     """
+    try:
+        _reorder(cache, rows, sources, keep)
+        return
+    except SwarmError:
+        raise
+    except Exception as error:  # kept as text alone: with its traceback it would hold the memory that others need
+        if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+            raise  # the device is lost to this process
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("could not reorder %d rows", len(rows), exc_info=not is_out_of_memory(error))
+    cache.evict(rows[0].session)
+    raise SessionLost(f"the rows could not be reordered: {reason:.500}; the session can be replayed")
+
+
+def _reorder(cache: KVCache, rows: Sequence[RowCache], sources: Sequence[int], keep: Sequence[int]) -> None:
     try:
         if not all([cache.hold(row) for row in rows]):  # it may end at any moment, and others take its pages
             raise EngineError("the session ended while its rows were reordered")

@@ -3,9 +3,9 @@
 What every kind of work can rely on, whatever else waits (tests/server/test_scheduler.py holds us to it):
 
 - decode rows: the oldest `max_tokens - max_tokens // BULK_SHARE` of them go into every batch;
-- prompts: the oldest gets at least half of their budget in every batch that overdue training does not claim, so in
-  `TRAINING_PATIENCE` of any `TRAINING_PATIENCE + 1` batches;
-- training: its oldest task gets tokens at least once in `TRAINING_PATIENCE + 1` batches.
+- prompts: the oldest gets at least half of their budget in every batch.
+
+Passes for training are no part of a batch: see `training.py`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-#: One part in so many of a batch is kept for prompts and training when decode rows alone would fill it.
+#: One part in so many of a batch is kept for prompts when decode rows alone would fill it.
 BULK_SHARE = 8
 #: A chunk takes the end of its prompt along if that exceeds the budget by one part in so many: a batch of its own would
 #: cost more.
 TAIL_SHARE = 8
-#: Training that got nothing in so many batches goes before the prompts of the next one.
-TRAINING_PATIENCE = 16
 
 
 class Kind(Enum):
-    """DECODE: a row that goes on token by token, somebody watches. PREFILL: a prompt. TRAINING: nobody watches."""
+    """DECODE: a row that goes on token by token, somebody watches. PREFILL: a prompt."""
 
     DECODE = auto()
     PREFILL = auto()
-    TRAINING = auto()
 
 
 @dataclass(frozen=True)
@@ -39,24 +36,21 @@ class Waiting:
     kind: Kind
 
 
-def next_batch(
-    waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int, batches_without_training: int = 0
-) -> list[int]:
+def next_batch(waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int) -> list[int]:
     """How many tokens to take of each entry of `waiting` (oldest first) in the next batch, max_tokens at most in all.
 
-    bulk_tokens: budget of prompts and training in there, at least 1: it decides how long decode rows are held up. The
+    bulk_tokens: budget of prompts in there, at least 1: it decides how long decode rows are held up. The
     end of a prompt may exceed it by one part in TAIL_SHARE.
-    batches_without_training: so many batches have passed over training that waits.
 
     Decode rows go first. Then half of the bulk budget is the oldest prompt's, which so is done in time whatever comes
     after it, and the rest goes to the shortest first, so that a line of a chat does not wait for a book: that gives the
-    shortest mean time to the first token. Training gets what is left. If anything waits, something is taken.
+    shortest mean time to the first token. If anything waits, something is taken.
     """
     if max_tokens == 1:  # not to be shared: the oldest goes, of whatever kind
         return [int(index == 0) for index in range(len(waiting))]
-    decoding, prompts, training = ([i for i, entry in enumerate(waiting) if entry.kind is kind] for kind in Kind)
+    decoding, prompts = ([i for i, entry in enumerate(waiting) if entry.kind is kind] for kind in Kind)
     taken = [0] * len(waiting)
-    in_bulk = sum(waiting[index].num_tokens for index in (*prompts, *training))
+    in_bulk = sum(waiting[index].num_tokens for index in prompts)
     reserve = min(max(1, max_tokens // BULK_SHARE), bulk_tokens, in_bulk)
     room = max_tokens
     for index in decoding:
@@ -67,9 +61,7 @@ def next_batch(
     turns = [(index, bulk) for index in sorted(prompts, key=lambda index: waiting[index].num_tokens)]
     if len(prompts) > 1:
         turns.insert(0, (prompts[0], -(-bulk // 2)))
-    training_turns = [(index, bulk) for index in training]
-    overdue = batches_without_training >= TRAINING_PATIENCE
-    for index, most in [*training_turns, *turns] if overdue else [*turns, *training_turns]:
+    for index, most in turns:
         left = waiting[index].num_tokens - taken[index]
         size = min(left, most, bulk)
         if size and left <= min(size + tail, room):

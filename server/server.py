@@ -136,6 +136,8 @@ class Server:
             quotas=PeerQuotas(config.quota_limits),
             idle_limit=config.session_idle_limit,
             step_timeout=config.step_timeout,
+            pass_timeout=config.pass_timeout,
+            max_pass_tokens=config.max_pass_tokens,
         )
         await self._handler.register(self.node.p2p)
         self._looking = asyncio.create_task(self._load_average.keep_looking())

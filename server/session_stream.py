@@ -27,10 +27,12 @@ from swarm.protocol import (
     Moving,
     NextServer,
     OpenSession,
+    PromptsTaken,
     PushFailed,
     Relink,
     Relinked,
     SessionOpened,
+    SessionPrompts,
     StepRequest,
     StepResult,
 )
@@ -69,6 +71,7 @@ class SessionStream:
         self._work: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Timeout | None = None
         self._place = Hold.of_nothing()  # among the sessions of this peer
+        self._prompts = contextlib.ExitStack()  # what they take of this peer's quota
         #: streams of servers that push steps of this session, oldest first
         self.incoming: list[FrameStream] = []
         task = asyncio.current_task()
@@ -106,6 +109,7 @@ class SessionStream:
             self._handler.sessions.close(self._session)
             self._handler.by_session.pop(self._session.session_id, None)
         self._place.release()
+        self._prompts.close()
         for stream in (self._stream, *self.incoming):
             stream.close()
 
@@ -143,6 +147,8 @@ class SessionStream:
         """Refuse a tensor before it takes memory: of somebody who holds no session here, or too large for his own."""
         if isinstance(message, StepRequest):
             self.check_payload(payload_size)
+        elif isinstance(message, SessionPrompts):
+            self._own_session().check_prompts(message, self._handler.engine.span.hidden_size)
         elif payload_size:
             raise ProtocolError(f"{type(message).__name__} messages carry no tensor")
 
@@ -173,6 +179,8 @@ class SessionStream:
                 await self._open(message)
             elif isinstance(message, Relink):
                 await self._relink(message)
+            elif isinstance(message, SessionPrompts):
+                await self._take_prompts(message, payload)
             else:
                 raise ProtocolError(f"a server takes no {type(message).__name__} messages")
         except PeerUnreachable:
@@ -201,6 +209,17 @@ class SessionStream:
         session.previous = request.previous
         self._connect_next(request.next)
         await self._send(Relinked())
+
+    async def _take_prompts(self, request: SessionPrompts, payload: bytes) -> None:
+        session = self._own_session()
+        session.check_prompts(request, self._handler.engine.span.hidden_size)
+        prompts = decode(request.prompts, payload)
+        if not all_finite(prompts):
+            raise ProtocolError("the prompts hold NaN or infinity")
+        self._prompts.enter_context(self._handler.quotas.kept(self._peer_id, 4 * prompts.numel()))
+        span = self._handler.engine.span
+        session.take_prompts(request, prompts.to(span.device, span.dtype))
+        await self._send(PromptsTaken())
 
     def _connect_next(self, target: NextServer | None) -> None:
         self._own_session().next = target

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from swarm.data_structures import BlockSpan
-from swarm.errors import NotSupported, PeerRefused, ProtocolError, SessionLost, SessionTooLong
-from swarm.protocol import OpenSession, Reorder, RowSlice, StepRequest, WorkKind
+from swarm.errors import PeerRefused, ProtocolError, SessionLost, SessionTooLong
+from swarm.protocol import OpenSession, Reorder, RowSlice, SessionPrompts, StepRequest
 
 from .kv_cache import KVCache, RowCache
 from .tasks import RowWork
@@ -29,6 +31,7 @@ class Session:
         self.span: BlockSpan = request.span
         self.max_length = request.max_length
         self.rows = rows
+        self._prompts: list[torch.Tensor] = []
 
     @property
     def evicted(self) -> bool:
@@ -40,10 +43,35 @@ class Session:
         if self.evicted:
             raise SessionLost(f"session {self.session_id} was evicted: others needed its cache; it can be replayed")
 
+    def check_prompts(self, request: SessionPrompts, hidden_size: int) -> None:
+        """Raises ProtocolError if these cannot be the next prompts of this session."""
+        blocks, rest = divmod(request.prompts.shape[0], request.num_tokens)
+        if rest or request.prompts.shape[1] != hidden_size or request.first + blocks > len(self.span):
+            raise ProtocolError(
+                f"prompts of shape {list(request.prompts.shape)} from block {request.first} on; this session of "
+                f"{len(self.span)} blocks takes [blocks * {request.num_tokens}, {hidden_size}]"
+            )
+        if self.last_step >= 0:
+            raise ProtocolError("prompts must come before the first step")
+        if request.first != len(self._prompts) or (self._prompts and len(self._prompts[0]) != request.num_tokens):
+            raise ProtocolError(
+                f"prompts of {request.num_tokens} tokens from block {request.first} on after those of "
+                f"{len(self._prompts)} blocks: they come in order, and are equally long"
+            )
+
+    def take_prompts(self, request: SessionPrompts, prompts: torch.Tensor) -> None:
+        """prompts: [blocks * prompt tokens, hidden_size], on the device. Steps get them once all are here."""
+        self._prompts += prompts.view(-1, request.num_tokens, prompts.shape[1])
+        if len(self._prompts) == len(self.span):
+            self.rows[0].session.prompts = torch.stack(self._prompts)
+            self._prompts = list(self.rows[0].session.prompts)
+
     def check_step(self, request: StepRequest, hidden_size: int) -> list[RowWork]:
-        """The work that a step asks for. Raises ProtocolError, SessionTooLong or NotSupported naming what is wrong."""
-        if request.work is not WorkKind.INFERENCE:
-            raise NotSupported(f"this server runs inference only, not {request.work.value} passes for training")
+        """The work that a step asks for. Raises ProtocolError, or SessionTooLong naming what is wrong."""
+        if 0 < len(self._prompts) < len(self.span):
+            raise ProtocolError(
+                f"a step after prompts for {len(self._prompts)} of the session's {len(self.span)} blocks"
+            )
         shape = request.hidden.shape
         tokens = sum(row.num_tokens for row in request.rows)
         if len(shape) != 2 or shape[1] != hidden_size:

@@ -16,7 +16,7 @@ from torch import nn
 from swarm.architectures import Architecture, span_config
 from swarm.data_structures import BlockSpan
 
-from .batch import FlatBatch, RowChunk
+from .batch import FlatBatch, RowChunk, WholeRows
 from .decode_batch import DecodeBatch
 from .kv_cache import KVCache
 
@@ -53,19 +53,26 @@ class Span:
         """Run every chunk through its own blocks; [tokens, hidden_size] -> the same shape, both in the span's dtype.
 
         The batch is cut at every block boundary in use, so rows that enter or leave in between share all blocks that
-        they have in common.
+        they have in common. Where rows have deep prompts it is cut at every block.
         """
-        boundaries = sorted({chunk.start for chunk in chunks} | {chunk.end for chunk in chunks})
-        if len(boundaries) == 2:
-            return self._run_segment(hidden, chunks, cache, *boundaries)
+        prompts = [chunk.prompts for chunk in chunks]
+        boundaries = {chunk.start for chunk in chunks} | {chunk.end for chunk in chunks}
+        if len(boundaries) == 2 and not any(own is not None for own in prompts):
+            return self._run_segment(hidden, chunks, cache, *sorted(boundaries))
+        for chunk, own in zip(chunks, prompts, strict=True):
+            if own is not None:  # every block adds some
+                boundaries.update(range(chunk.start, chunk.end))
         firsts = [0]
         for chunk in chunks:
             firsts.append(firsts[-1] + chunk.num_tokens)
         hidden = hidden.clone()
-        for start, end in pairwise(boundaries):
+        for start, end in pairwise(sorted(boundaries)):
             active = [index for index, chunk in enumerate(chunks) if chunk.start <= start and end <= chunk.end]
             if not active:
                 continue
+            for index in active:
+                if (own := prompts[index]) is not None:
+                    hidden[firsts[index] : firsts[index] + own.shape[1]] += own[start - chunks[index].start]
             tokens = torch.cat([torch.arange(firsts[index], firsts[index + 1]) for index in active]).to(hidden.device)
             hidden[tokens] = self._run_segment(hidden[tokens], [chunks[i] for i in active], cache, start, end)
         return hidden
@@ -85,7 +92,16 @@ class Span:
         """One new token for each row of a located batch; [rows, hidden_size] -> the same shape."""
         return self._run(hidden, batch, start, end)
 
-    def _run(self, hidden: torch.Tensor, batch: FlatBatch | DecodeBatch, start: int, end: int) -> torch.Tensor:
+    def run_whole(self, hidden: torch.Tensor, batch: WholeRows, block: int) -> torch.Tensor:
+        """Whole sequences through one local block, without a cache; [tokens, hidden_size] -> the same shape.
+
+        Gradients reach `hidden` where they are enabled.
+        """
+        return self._run(hidden, batch, block, block + 1)
+
+    def _run(
+        self, hidden: torch.Tensor, batch: FlatBatch | DecodeBatch | WholeRows, start: int, end: int
+    ) -> torch.Tensor:
         output = self._slice(start, end)(
             inputs_embeds=hidden[None], position_ids=batch.position_ids, use_cache=False, flat_batch=batch
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from swarm.errors import SwarmError
-from swarm.protocol import Reorder, WorkKind
+from swarm.protocol import Reorder
 
 from .batch import RowChunk
 from .kv_cache import RowCache
@@ -48,7 +48,6 @@ class StepTask:
     rows: Sequence[RowWork]
     start: int
     end: int
-    work: WorkKind = WorkKind.INFERENCE
     reorder: Reorder | None = None
     output_dtype: torch.dtype | None = None
     future: Future[StepOutput] = field(default_factory=Future)
@@ -71,17 +70,16 @@ class StepTask:
     def done(self) -> bool:
         return all(done == row.num_tokens for done, row in zip(self.progress, self.rows, strict=True))
 
-    def kind(self, row: RowWork) -> Kind:
-        if self.work is not WorkKind.INFERENCE:
-            return Kind.TRAINING
+    @staticmethod
+    def kind(row: RowWork) -> Kind:
         return Kind.DECODE if row.num_tokens == 1 else Kind.PREFILL
 
     def finish(self) -> None:
         assert self.output is not None
-        _settle(self.future.set_result, StepOutput(self.output, self.queue_time, self.compute_time))
+        settle(self.future.set_result, StepOutput(self.output, self.queue_time, self.compute_time))
 
     def fail(self, error: SwarmError) -> None:
-        _settle(self.future.set_exception, error)
+        settle(self.future.set_exception, error)
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Piece:
         return replace(self, chunk=replace(chunk, num_tokens=size)), replace(self, first=self.first + size, chunk=later)
 
 
-def _settle(action: Callable[..., None], value: StepOutput | SwarmError) -> None:
+def settle(action: Callable[..., None], value: object) -> None:
     """Resolve a future that its owner may have cancelled in the same moment."""
     with contextlib.suppress(InvalidStateError):
         action(value)

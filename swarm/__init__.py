@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .client.config import ClientConfig as ClientConfig
     from .client.inference_session import InferenceSession as InferenceSession
     from .client.model import AutoSwarmModelForCausalLM as AutoSwarmModelForCausalLM
+    from .client.model import AutoSwarmModelForSequenceClassification as AutoSwarmModelForSequenceClassification
     from .data_structures import BlockSpan as BlockSpan
     from .errors import SwarmError as SwarmError
 
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AutoSwarmModelForCausalLM": "swarm.client.model",
+    "AutoSwarmModelForSequenceClassification": "swarm.client.model",
     "ClientConfig": "swarm.client.config",
     "InferenceSession": "swarm.client.inference_session",
     "BlockSpan": "swarm.data_structures",

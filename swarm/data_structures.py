@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .errors import BadSpan
 
 #: Peers whose records carry another number do not mix with ours.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_BLOCKS = 4096
 

@@ -22,6 +22,7 @@ from hivemind.p2p import P2P
 from hivemind.utils.multiaddr import Multiaddr
 
 from .addresses import check_announce_address, check_listen_address, check_peer_address, peer_id_of
+from .control import make_sturdy
 from .errors import BadAddress, NetworkError, PortInUse
 from .identity import Identity
 from .join import InitialPeers
@@ -118,6 +119,7 @@ class Node:
         p2p_class: type[P2P] = type("P2PInFolder", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
         try:
             self.p2p = self._p2p = await p2p_class.replicate(Multiaddr(f"/unix{control}"))
+            await make_sturdy(self.p2p)
         except Exception as error:
             raise NetworkError(f"could not connect to p2pd: {error!r}") from error
         self.dht = await DHTNode.create(

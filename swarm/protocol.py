@@ -12,13 +12,12 @@ A step works on *rows*: one row is one sequence of the session's batch. Rows are
 [tokens, hidden_size] and `RowSlice` says which tokens belong to which row, and from which position on.
 Steps are numbered by the client, upwards through the whole life of a session and over all its servers; a step that is
 tried again gets a new number, so a server can tell a late duplicate from news.
-Adapters are named per row and the kind of work per step from the first protocol version on, so that servers which
-learn more can be told from those that refuse.
+Adapters are named per row from the first protocol version on, so that servers which learn more can be told from those
+that refuse. Passes for training travel on streams of their own: see `passes.py`.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgpack
@@ -44,6 +43,9 @@ MAX_UPLOAD_BYTES = 2**20
 #: Begins the question of somebody who is about to open a session; his key follows.
 OPENING_QUESTION = "opening/"
 
+#: Tokens at the start of every row that may have deep prompts.
+MAX_PROMPT_TOKENS = 512
+
 MAX_ROWS = 1024
 MAX_POSITION = 2**24
 
@@ -52,12 +54,6 @@ SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Microseconds = Annotated[int, Field(ge=0, lt=2**63)]
 StepNumber = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=0, le=2**31)]
-
-
-class WorkKind(StrEnum):
-    INFERENCE = "inference"
-    FORWARD = "forward"
-    BACKWARD = "backward"
 
 
 class Compact(Frozen):
@@ -110,7 +106,18 @@ class NextServer(NamedTuple):
 
 
 class Message(Compact):
+    """What travels in a frame. Every kind of message that is defined can be unpacked."""
+
     kind: ClassVar[str]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        assert cls.kind not in _KINDS, f"two messages are called {cls.kind!r}"
+        _KINDS[cls.kind] = cls
+
+
+_KINDS: dict[str, type[Message]] = {}
 
 
 class OpenSession(Message):
@@ -139,6 +146,26 @@ class SessionOpened(Message):
     session_id: SessionId
     cache_tokens_left: Annotated[int, Field(ge=0)]
     clock: Microseconds
+
+
+class SessionPrompts(Message):
+    """Client -> server, before the first step: deep prompts of the session, for as many blocks as fit into one message.
+
+    first: of the blocks, counted in the session's span. num_tokens: how many tokens of each row have prompts.
+    prompts: [blocks * num_tokens, hidden_size]; before a block its share is added to the hidden states at positions
+    0 to num_tokens. Prompts of all blocks must come before a step does.
+    """
+
+    kind: ClassVar[str] = "prompts"
+    first: Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
+    num_tokens: Annotated[int, Field(ge=1, le=MAX_PROMPT_TOKENS)]
+    prompts: TensorMeta
+
+
+class PromptsTaken(Message):
+    """Server -> client: the prompts are here."""
+
+    kind: ClassVar[str] = "prompted"
 
 
 class Relink(Message):
@@ -179,7 +206,6 @@ class StepRequest(Message):
     push: Annotated[int, Field(ge=0, le=MAX_BLOCKS)] = 0
     sent_at: Microseconds = 0
     reorder: Reorder | None = None
-    work: WorkKind = WorkKind.INFERENCE
 
 
 class StepResult(Message):
@@ -234,24 +260,6 @@ class ErrorReply(Message):
     message: Annotated[str, Field(max_length=2000)]
     tokens_left: int | None = None
     step: StepNumber | None = None
-
-
-_KINDS: dict[str, type[Message]] = {
-    cls.kind: cls
-    for cls in (
-        OpenSession,
-        SessionOpened,
-        Relink,
-        Relinked,
-        OpenPush,
-        StepRequest,
-        StepResult,
-        PushFailed,
-        CloseSession,
-        Moving,
-        ErrorReply,
-    )
-}
 
 
 def pack(message: Message) -> bytes:

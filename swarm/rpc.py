@@ -104,6 +104,14 @@ class FrameStream:
         with _end_of_stream():
             return await self._reader.readexactly(size) if size else b""
 
+    async def linger(self, seconds: float) -> None:
+        """Read and drop what still comes until the other side ends the stream, for so long at most. A stream that is
+        closed with unread data is reset, and then what was sent last may be lost."""
+        with contextlib.suppress(TimeoutError, ConnectionError, OSError):
+            async with asyncio.timeout(seconds):
+                while await self._reader.read(ONE_WRITE):
+                    pass
+
     @property
     def backlog(self) -> int:
         """Bytes that were written and have not left this process yet."""

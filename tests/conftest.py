@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from swarm.scripts.local_swarm import LocalSwarm
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that; some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -50,3 +61,31 @@ def smollm2_folder() -> Path:
     from swarm.scripts.models import demo_model_folder
 
     return demo_model_folder()
+
+
+@pytest.fixture
+def connect(swarm: LocalSwarm, tiny_llama_folder: Path) -> Iterator[Callable[..., Any]]:
+    """Makes clients of the module's own `swarm` fixture; its keywords are those of `from_pretrained`."""
+    from swarm import AutoSwarmModelForCausalLM
+
+    with contextlib.ExitStack() as stack:
+
+        def connect(**settings: Any) -> Any:
+            model = AutoSwarmModelForCausalLM.from_pretrained(
+                tiny_llama_folder, initial_peers=swarm.initial_peers, **settings
+            )
+            stack.callback(model.close)
+            return model
+
+        yield connect
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads of torch wait for each other by spinning: beside server processes on few cores, two take tenfold."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

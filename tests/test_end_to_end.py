@@ -25,13 +25,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads of torch wait for each other by spinning: beside server processes on few cores, two take tenfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +204,10 @@ def test_what_is_too_long_or_not_supported_says_so(any_model):
             any_model.generate(ids, max_new_tokens=9)
         with pytest.raises(UsageError, match="in this thread already"), any_model.inference_session(max_length=8):
             pass
+        with pytest.raises(NotSupported, match="gradients do not pass through a session"):
+            any_model(inputs_embeds=any_model.model.embed_tokens(ids).requires_grad_())
     with pytest.raises(NotSupported, match="output_attentions"):
         any_model(ids, output_attentions=True)
-    with pytest.raises(NotSupported, match="gradients"):
-        any_model(inputs_embeds=any_model.model.embed_tokens(ids).requires_grad_())
 
 
 # --- what a client brings into a process -----------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import torch
 from swarm.checkpoint import open_checkpoint
 from swarm.client.block_client import RemoteSpan
 from swarm.client.config import ClientConfig
-from swarm.client.model import SwarmConnection
+from swarm.client.connection import SwarmConnection
+from swarm.data_structures import BlockSpan
 from swarm.rpc import server_info
 from swarm.scripts.bench_echo import EchoSession
 from swarm.scripts.local_swarm import LocalSwarm
@@ -54,7 +55,9 @@ class Users:
         await asyncio.gather(*(lives[index % len(lives)]() for index in range(WAVE - 1)))
 
     async def _open(self, connection: SwarmConnection) -> EchoSession:
-        return await EchoSession.open(connection, PROMPT + STEPS, self._hidden)
+        span = BlockSpan(start=0, end=connection.num_blocks)
+        chain = await connection.router.find_chain(span, cache_tokens=PROMPT + STEPS)
+        return await EchoSession.open(connection, chain, PROMPT + STEPS, self._hidden)
 
     async def _prefill(self, session: EchoSession) -> None:
         await session.step(0, self._hidden)
@@ -78,8 +81,8 @@ class Users:
         session = await self._open(self.connection)
         step = asyncio.create_task(self._prefill(session))
         await asyncio.sleep(0)
-        assert isinstance(session.hop.span, RemoteSpan)
-        session.hop.span._stream.abort()
+        assert isinstance(session.hops[0].span, RemoteSpan)
+        session.hops[0].span._stream.abort()
         await asyncio.wait({step})
         step.exception()
 

@@ -1,6 +1,5 @@
 """Real server processes that push to each other: pushes happen, beams are right, and links that break are mended."""
 
-import contextlib
 import signal
 import time
 
@@ -8,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-from swarm import AutoSwarmModelForCausalLM
 from swarm.client.block_client import RemoteSpan
+from swarm.codecs import Codec
 from swarm.scripts.local_swarm import LocalSwarm
 
 #: The only chain, until a test adds servers.
@@ -18,13 +17,7 @@ FLAGS = ["--threads", "1", "--dtype", "float32", "--announce-period", "4"]
 LONG = 120.0  # seconds: for what takes a few, but the machine may be busy
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads of torch wait for each other by spinning: beside server processes on few cores, two take tenfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +38,6 @@ def swarm(whole_swarm):
     for server in [whole_swarm.add(blocks, wait=False) for blocks in missing]:
         server.wait_until_ready(LONG)
     return whole_swarm
-
-
-@pytest.fixture
-def connect(swarm, tiny_llama_folder):
-    with contextlib.ExitStack() as stack:
-
-        def connect(**settings):
-            model = AutoSwarmModelForCausalLM.from_pretrained(
-                tiny_llama_folder, initial_peers=swarm.initial_peers, **settings
-            )
-            stack.callback(model.close)
-            return model
-
-        yield connect
 
 
 def alive(swarm):
@@ -217,3 +196,43 @@ def test_a_server_that_hangs_holds_up_neither_its_predecessor_nor_the_copies(swa
         assert replacement.lost.peer_id == hung[0].peer_id
         assert_pushed_again(answers)
     assert torch.equal(ours, plain.generate(ids, max_new_tokens=20))
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["first", "middle"])
+def test_compressed_rows_are_pushed_and_a_replay_sends_the_same_again(swarm, connect, victim, answers):
+    """In blockwise8 tokens need not be the plain model's. But they are those of the same chain, whoever was killed."""
+    swarm.add(CHAIN[victim])
+    model, ids = connect(compression="blockwise8"), tokens(1, 10)
+    with model.inference_session(max_length=60):
+        undisturbed = model.generate(ids, max_new_tokens=24)
+    answers.clear()
+    with model.inference_session(max_length=60) as session:
+        kill = AtStep(8, lambda: server_at(swarm, session, victim).kill())
+        disturbed = model.generate(ids, max_new_tokens=24, logits_processor=[kill])
+        assert len(session.replacements) == 1
+        assert_pushed_again(answers)
+        assert {hop.history.codec for hop in session._hops} == {Codec.BLOCKWISE8}  # client -> 1 -> 2 -> 3
+    assert {answer.hidden.codec for answer in answers} == {Codec.BLOCKWISE8}
+    assert torch.equal(disturbed, undisturbed)
+
+
+def test_between_processes_of_one_machine_nothing_is_compressed(swarm, connect, plain, answers):
+    """compression="auto", the default, once everybody's line was measured."""
+    model, ids = connect(update_period=0.5), tokens(1, 10)
+    wait_for_line_rates(model, swarm)
+    with model.inference_session(max_length=40):
+        ours = model.generate(ids, max_new_tokens=8)
+    assert {answer.hidden.codec for answer in answers} == {Codec.FLOAT32}
+    assert torch.equal(ours, plain.generate(ids, max_new_tokens=8))
+
+
+def wait_for_line_rates(model, swarm):
+    """Until the client knows how fast its own line is, and that of each server."""
+    connection, deadline = model.connection, time.monotonic() + LONG
+    while True:
+        connection.thread.run(connection.router.refresh())
+        infos = [connection.router.info(server.peer_id) for server in alive(swarm)]
+        if connection.links.own_rate.value is not None and all(info and info.network_rate for info in infos):
+            return
+        assert time.monotonic() < deadline, "not all lines were measured"
+        time.sleep(0.1)

@@ -17,8 +17,8 @@ import torch
 
 from swarm.checkpoint import open_checkpoint
 from swarm.client.config import ClientConfig
+from swarm.client.connection import SwarmConnection
 from swarm.client.inference_session import InferenceSession
-from swarm.client.model import SwarmConnection
 from swarm.data_structures import BlockSpan, ServerInfo
 from swarm.protocol import RowSlice
 from swarm.rpc import server_info

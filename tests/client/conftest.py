@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_server import HIDDEN_SIZE
 from fake_swarm import FakeNode, FakeSwarm
+from local_blocks import LocalConnection
+from transformers import LlamaForCausalLM
 
+from swarm.client.model import AutoSwarmModelForCausalLM
 from swarm.node import NodeThread
 
 
@@ -47,3 +52,24 @@ def small_messages(monkeypatch: pytest.MonkeyPatch) -> int:
     """Steps travel in parts of 4 tokens."""
     monkeypatch.setattr("swarm.client.history.MAX_PAYLOAD_BYTES", 4 * HIDDEN_SIZE * 4)
     return 4
+
+
+# --- clients whose blocks run right here, see `tests/fakes/local_blocks.py` -------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_llama_folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_llama_folder).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def connection(plain: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> LocalConnection:
+    connection = LocalConnection(plain)
+    monkeypatch.setattr("swarm.client.model.SwarmConnection", lambda checkpoint, config: connection)
+    return connection
+
+
+@pytest.fixture
+def model(connection: LocalConnection, tiny_llama_folder: Path) -> Any:
+    peer = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"  # nobody asks it
+    return AutoSwarmModelForCausalLM.from_pretrained(tiny_llama_folder, initial_peers=[peer])

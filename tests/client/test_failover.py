@@ -668,3 +668,48 @@ def test_a_server_whose_connection_broke_opens_the_session_anew_if_nobody_else_c
     assert len(user.session.replacements) == 3
     assert swarm["B"].opened == 4
     assert len(swarm["B"].sessions) == 1
+
+
+def test_a_connection_that_breaks_in_the_replay_is_no_reason_to_wait_for_the_only_server(swarm):
+    """Banned, it would be back after an hour: the step fails long before."""
+    client = swarm.connect(ban_time=3600.0, retry_time=5.0)
+    user = client.user()
+    user.step(3)
+    for name in "EF":
+        swarm[name].listed = False
+    client.thread.run(client.router.refresh(force=True))
+    swarm["B"].reconnects = True
+    swarm["B"].fail("step", PeerUnreachable("the connection broke"), times=4)  # in the step, and in three replays
+    user.step()
+    assert user.route == USUAL
+    assert client.banned == set()
+    assert swarm["B"].opened == 5
+    assert len(swarm["B"].sessions) == 1
+
+
+def test_a_server_that_is_gone_in_the_replay_is_banned(swarm):
+    client = swarm.connect()
+    user = client.user()
+    user.step(3)
+    swarm["B"].reconnects = True
+    swarm["B"].fail("step", PeerUnreachable("the connection broke"))
+    swarm["E"].die()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(swarm["E"].faults, "open", [])  # it takes the session, and dies of the replay
+        user.step()
+    assert user.route == USUAL
+    assert client.banned == {"E"}
+
+
+def test_one_that_drops_every_replay_is_given_up(swarm):
+    client = swarm.connect(max_retries=4)
+    user = client.user()
+    user.step(3)
+    for name in "EF":
+        swarm[name].listed = False
+    client.thread.run(client.router.refresh(force=True))
+    swarm["B"].reconnects = True
+    swarm["B"].fail("step", PeerUnreachable("the connection broke"), times=10**9)
+    with pytest.raises(RoutingError, match=r"the connection broke.*5 attempts"):
+        user.step()
+    assert swarm["B"].opened == 1 + 4

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fake_swarm import HIDDEN_SIZE
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from swarm.data_structures import BlockSpan
 from swarm.errors import EngineError, MissingBlocks, PeerTimeout, PeerUnreachable, SessionTooLong, UsageError
 from swarm.protocol import RowSlice
 
@@ -405,3 +407,16 @@ def test_an_error_over_the_stream_keeps_its_meaning(swarm):
     swarm["A"].fail("step", PeerTimeout("my own engine hangs"))
     user.step()
     assert client.banned == {"A"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "text"),
+    [(torch.full((8, 1, HIDDEN_SIZE), 1e5), "NaN or infinity"), (torch.zeros(8, 1, HIDDEN_SIZE + 1), "of shape")],
+    ids=["too large for float16", "of another width"],
+)
+def test_prompts_that_no_server_could_take_are_the_users_error(swarm, prompts, text):
+    client = swarm.connect()
+    span = BlockSpan(start=0, end=8)
+    with client.open_session(span, 1, 8, 2 * HIDDEN_SIZE, prompts) as session, pytest.raises(UsageError, match=text):
+        session.step(torch.zeros(1, HIDDEN_SIZE, dtype=torch.float16), [RowSlice(0, 0, 1)])
+    assert client.banned == set()

@@ -24,6 +24,18 @@ def plain(tiny_llama_folder):
     return LlamaForCausalLM.from_pretrained(tiny_llama_folder).eval()
 
 
+class RowByRow:
+    """Whole sequences without a cache. sent: tokens of each row of each pass."""
+
+    def __init__(self, compute):
+        self.compute = compute
+        self.sent = []
+
+    def run_blocks(self, span, hidden, lengths, prompts):
+        self.sent.append(lengths)
+        return torch.cat([self.compute(span, row) for row in hidden.split(lengths)])
+
+
 @pytest.fixture
 def connection(fake_swarm, plain, monkeypatch):
     """To three servers that compute each step from the whole history, without any cache."""
@@ -41,6 +53,7 @@ def connection(fake_swarm, plain, monkeypatch):
     for name, start, end in (("A", 0, 3), ("B", 2, 6), ("C", 5, 8), ("spare", 0, 8)):
         fake_swarm.add(name, start, end, compute=compute, throughput=1.0 if name == "spare" else 100.0)
     connection = fake_swarm.connect()
+    connection.passes = RowByRow(compute)
     monkeypatch.setattr("swarm.client.model.SwarmConnection", lambda checkpoint, config: connection)
     return connection
 
@@ -101,13 +114,13 @@ def test_logits_without_a_cache(model, plain, fake_swarm):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_of_a_padded_batch(model, plain, side, fake_swarm):
+def test_logits_of_a_padded_batch(model, plain, side, connection):
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[0, slice(0, 4) if side == "left" else slice(5, 9)] = 0
     real = mask.bool()
     ours = model(ids, attention_mask=mask).logits[real]
     assert_equal_logits(ours, plain(ids, attention_mask=mask).logits[real])
-    assert sent_tokens(fake_swarm) == [14], "padding was sent"
+    assert connection.passes.sent == [[5, 9]], "padding was sent"
 
 
 @torch.no_grad()
@@ -377,12 +390,13 @@ def test_inner_states_are_refused_when_the_config_asks_for_them(model):
         model(tokens(1, 5))
 
 
-def test_gradients_are_refused(model):
+def test_gradients_through_a_session_are_refused(model):
     embeddings = model.get_input_embeddings()(tokens(1, 5)).requires_grad_()
-    with pytest.raises(NotSupported, match="gradients"):
-        model(inputs_embeds=embeddings)
-    with torch.no_grad():
-        model(inputs_embeds=embeddings)
+    with model.inference_session(max_length=8) as session:
+        with pytest.raises(NotSupported, match="call the model without one"):
+            model(inputs_embeds=embeddings, past_key_values=session.cache)
+        with torch.no_grad():
+            model(inputs_embeds=embeddings, past_key_values=session.cache)
 
 
 @torch.no_grad()

@@ -294,6 +294,56 @@ def test_a_step_that_the_client_sends_again_runs_once(swarm):
     assert client.banned == set()
 
 
+@pytest.mark.parametrize("forger", "AB")
+@pytest.mark.parametrize("forged", ["before", "after"])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_server_that_pushes_steps_of_its_own_may_push_no_more(swarm, forger, forged, refused):
+    """The next one takes its word for the newest step, and drops ours from then on. It opens the session anew."""
+    client = swarm.connect(**PATIENT)
+    user = client.user()
+    user.step(3)
+    swarm[forger].forges = forged
+    following = swarm[chr(ord(forger) + 1)]
+    if refused:  # after it was taken for the newest
+        following.fail("step", EngineError("no memory"))
+    user.step()
+    user.step()
+    found, pushed = len(user.session.replacements), len(swarm[forger].pushes)
+    for _ in range(3):
+        user.step()
+    assert len(user.session.replacements) == found
+    assert len(swarm[forger].pushes) == pushed
+    assert client.banned == set()  # we cannot know which of the two it is
+    assert servers(user) == ["A", "B", "C"]
+
+
+def test_a_server_that_keeps_the_next_one_from_our_steps_can_do_so_once(swarm):
+    """The next one answers pings alone, and then so would whoever replaces it."""
+    client = swarm.connect(request_timeout=1.0, **HASTY)
+    user = client.user()
+    user.step(3)
+    swarm["B"].forges = "before"
+    swarm["C"].gate = asyncio.Event()
+    user.step()
+    pushed = len(swarm["B"].pushes)
+    for _ in range(3):
+        user.step()
+    assert client.banned == {"C"}  # as every server that does not answer
+    assert len(swarm["B"].pushes) == pushed
+    assert servers(user) == ["A", "B", "F"]
+
+
+def test_a_server_that_speaks_of_steps_that_nobody_can_have_pushed_is_replaced(swarm):
+    client = swarm.connect(**PATIENT)
+    user = client.user()
+    user.step(3)
+    swarm["C"].tamper = lambda result, data: (result.model_copy(update={"step": 2**63 - 1}), data)
+    for _ in range(3):
+        user.step()
+    assert client.banned == {"C"}
+    assert servers(user) == ["A", "B", "F"]
+
+
 # --- servers that hang -----------------------------------------------------------------------------------------------
 
 

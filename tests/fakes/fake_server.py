@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fake_swarm import FakeSwarm
 
 HIDDEN_SIZE = 4
+HIGHEST_STEP = 2**63 - 1
 MODULUS = 251  # all values are exact even in bfloat16
 
 
@@ -100,6 +101,7 @@ class FakeServer:
     copies_first: bool = False  # before the push, as it may happen to large ones
     loses_copies: int = 0  # so many of what it pushes
     loses_pushes: bool = False  # and does not notice
+    forges: str | None = None  # "before" or "after" each push, one of the highest number that nobody asked for
     relink_gate: asyncio.Event | None = None  # holds back answers to changes of the chain
     gone: bool = False  # answers no pings, since it failed as one that is gone
     reconnects: bool = False  # was never gone, whatever broke
@@ -285,7 +287,10 @@ class FakeSession:
         self.server.pushes.append(push)
         try:
             self.server.may_fail("push")
-            self.server.swarm.take_push(self.server.name, *push)
+            forged = self.next, push[1].model_copy(update={"step": HIGHEST_STEP}), payload
+            order = {"before": [forged, push], "after": [push, forged], None: [push]}[self.server.forges]
+            for one in order:
+                self.server.swarm.take_push(self.server.name, *one)
         except SwarmError as error:
             self.stream.tell(PushFailed(step=request.step, reason=str(error)))
 

@@ -159,7 +159,14 @@ class FakeConnection:
         self.links = Links(router, config)
         self.client = SwarmBlockClient(FakeNode(), FINGERPRINT, config)  # type: ignore[arg-type]
 
-    def open_session(self, span: BlockSpan, num_rows: int, max_length: int, bytes_per_token: int) -> InferenceSession:
+    def open_session(
+        self,
+        span: BlockSpan,
+        num_rows: int,
+        max_length: int,
+        bytes_per_token: int,
+        prompts: torch.Tensor | None = None,
+    ) -> InferenceSession:
         return InferenceSession(
             self.thread,
             self.router,
@@ -170,6 +177,7 @@ class FakeConnection:
             num_rows=num_rows,
             max_length=max_length,
             bytes_per_token=bytes_per_token,
+            prompts=prompts,
         )
 
     @property

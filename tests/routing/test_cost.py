@@ -11,6 +11,7 @@ from swarm.routing.cost import (
     ROW_SHARE,
     SHORT_CACHE,
     cache_factor,
+    company_time,
     entry_time,
     present_rows,
     span_time,
@@ -59,11 +60,21 @@ def test_the_load_is_the_average_or_else_the_present_one():
 def test_a_busy_server_computes_longer_and_lets_wait_longer():
     idle, busy = (info(decode_times=(0.1, 0.16, 0.28), busy_rows=rows) for rows in (0.0, 3.0))
     assert span_time(idle, 5) == 0.05
-    assert math.isclose(span_time(busy, 5), 0.08)
     assert entry_time(idle) == HOP_TIME
-    assert math.isclose(entry_time(busy), HOP_TIME + 0.14 / 2)  # half of the batch of three rows
+    # half of the batch of three rows, then one of four, which go through the whole span
+    assert math.isclose(entry_time(busy) + span_time(busy, 5), HOP_TIME + 0.14 / 2 + 0.16)
     half_busy = info(decode_times=(0.1,), busy_rows=0.5)
-    assert math.isclose(entry_time(half_busy), HOP_TIME + 0.5 * 0.1 / 2)
+    shared = step_time(half_busy, 1.5)
+    assert math.isclose(entry_time(half_busy), HOP_TIME + 0.5 * 0.1 / 2 + 0.5 * shared)
+    assert math.isclose(span_time(half_busy, 5), 0.5 * shared / 2)
+
+
+def test_few_blocks_of_a_busy_server_take_as_long_as_all():
+    server = info(decode_times=(0.1, 0.16, 0.28), busy_rows=1.0)
+    assert span_time(server, 1) == span_time(server, 10) == 0.0
+    idle = info(decode_times=(0.1,))
+    assert company_time(idle) == 0.0
+    assert math.isclose(span_time(idle, 1) * 10, span_time(idle, 10))
 
 
 def test_rows_that_are_about_to_come_count_like_those_that_are_there():

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from swarm.client.inference_session import HopTimes
 from swarm.errors import SwarmError
 from swarm.scripts import bench_links
 from swarm.scripts import main as front_door
+from swarm.scripts.bench_agreement import Outcome
+from swarm.scripts.bench_agreement import add_results as add_agreement
 from swarm.scripts.bench_decode import even_spans, summarize
 from swarm.scripts.bench_generation import Generation, check_tokens
 from swarm.scripts.bench_links import LINKS, LinkRun, add_results
 from swarm.scripts.bench_prefill import WARM_UP_GAPS, split_gaps
 from swarm.scripts.bench_processes import ChildProcess, peak_memory
+from swarm.scripts.bench_push import PushRun
+from swarm.scripts.bench_push import add_results as add_push_results
 from swarm.scripts.bench_report import Report
+from swarm.scripts.bench_routes import AGAIN
+from swarm.scripts.bench_training import BothPasses, check_difference, figures, relative_difference
 from swarm.scripts.bench_wire import cuts as where_cut
 
 
@@ -62,6 +70,14 @@ def test_decode(tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "2 servers: decode" in capsys.readouterr().out
 
 
+def test_settings_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """An address in brackets, as errors of the network name it, is no markup."""
+    report = Report("failover", {"errors": "cannot dial [/ip4/127.0.0.1/tcp/1]"})
+    report.show()
+    assert "[/ip4/127.0.0.1/tcp/1]" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_concurrent(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "concurrent.json"
     arguments = ["--model", str(tiny_llama_folder), "--sessions", "3", "--clients", "2", "--runs", "2"]
@@ -74,6 +90,7 @@ def test_concurrent(tiny_llama_folder: Path, tmp_path: Path) -> None:
     assert {"clients: 2 / 1", "clients: 1 / local: 1 row"} <= set(found["ratios"])
 
 
+@pytest.mark.slow
 def test_overcommit(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Twice the sessions whose three pages each the cache holds: at the second page's end, not all can go on."""
     file = tmp_path / "overcommit.json"
@@ -120,6 +137,12 @@ def test_failover(tiny_llama_folder: Path, tmp_path: Path) -> None:
         assert len(results[f"SIGKILL, 40 tokens: {kind}"]["runs"]) == 4
         assert len(results[f"SIGSTOP, 40 tokens, in the prompt: {kind}"]["runs"]) == 1
     assert results["40 tokens: restart from scratch"]["median"] > 0
+    assert [record["way"] for record in found["records"]] == 4 * ["SIGKILL"] + ["SIGSTOP"]
+    for record in found["records"]:
+        assert record["replaced"] >= 1 and record["hop"] in (0, 1)
+        assert record["replay"] < record["stall"]
+        # a prompt that was not computed yet is not replayed
+        assert record["replayed_tokens"] >= (0 if record["in_prompt"] else 40)
 
 
 @pytest.mark.slow
@@ -217,6 +240,57 @@ def test_figures_of_links() -> None:
 
 
 @pytest.mark.slow
+def test_push(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file, delay = tmp_path / "push.json", 0.02
+    arguments = ["--model", str(tiny_llama_folder), "--delay", str(delay), "--runs", "2", "--new-tokens", "4"]
+    assert run("push", *arguments, "--json", str(file)) == 0
+    results, found = read(file, "push", runs=2)
+    medians = {name: result["median"] for name, result in results.items()}
+    for way, links_passed in (("pushed", 4), ("through the client", 6)):
+        assert medians[f"{way}: network, measured"] >= 1000 * links_passed * delay
+        assert medians[f"{way}: a token"] >= 1000 * links_passed * delay + medians[f"{way}: computed by servers"]
+        # of the way that a pushed step takes
+        assert medians[f"{way}: delays + compute"] >= 1000 * 4 * delay
+        ratio = medians[f"{way}: a token"] / medians[f"{way}: delays + compute"]
+        assert found["ratios"][f"{way}: a token / (delays + compute)"] == pytest.approx(ratio)
+
+
+@pytest.mark.slow
+def test_routes(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """That the fastest chain is chosen is for the benchmark to say, on an idle machine."""
+    file = tmp_path / "routes.json"
+    arguments = ["--model", str(tiny_llama_folder), "--swarms", "1", "--servers", "8", "--alternatives", "6"]
+    assert run("routes", *arguments, "--steps", "2", "--runs", "2", "--json", str(file)) == 0
+    found = json.loads(file.read_text())
+    results = {result["name"]: result for result in found["results"]}
+    chains = [name for name in results if name.startswith("swarm 0: chain ")]
+    assert len(chains) == 7
+    assert all(len(results[chain]["runs"]) == 4 for chain in chains)
+    best = min(results[chain]["median"] for chain in chains[1:])
+    ratio = results[chains[0]]["median"] / best
+    assert found["ratios"]["swarm 0: the same when the best was found"] == pytest.approx(ratio)
+    # the two are measured once more, and that counts
+    again = [results[f"swarm 0: {name}"] for name in ("chosen", "best alternative")]
+    assert all(len(result["runs"]) == 4 * AGAIN for result in again)
+    ratio = again[0]["median"] / again[1]["median"]
+    assert found["ratios"]["swarm 0: chosen / best alternative"] == pytest.approx(ratio)
+    # of all that are measured, the chosen one is predicted to be about the fastest
+    predicted = results["swarm 0: predicted"]["runs"]
+    assert predicted[0] <= 1.1 * min(predicted)
+    for name, milliseconds in zip(chains, predicted, strict=True):
+        assert 0.5 <= milliseconds / results[name]["median"] <= 1.5
+
+
+def test_figures_of_push() -> None:
+    report = Report("push", settings={})
+    pushed = PushRun(step=0.25, servers=0.03, client=0.02, network=0.0, other=0.0)
+    add_push_results(report, {"pushed": [pushed], "through the client": [replace(pushed, step=0.35)]}, delays=0.15)
+    assert report.medians["pushed: delays + compute"] == pytest.approx(200)
+    ratios = {"pushed": 1.25, "through the client": 1.75}
+    assert report.ratios == pytest.approx({f"{way}: a token / (delays + compute)": ratios[way] for way in ratios})
+
+
+@pytest.mark.slow
 def test_memory(tiny_llama_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     arguments = ["--model", str(tiny_llama_folder), "--servers", "1", "--runs", "1", "--new-tokens", "3"]
@@ -248,7 +322,7 @@ def test_startup(tiny_llama_folder: Path, tmp_path: Path) -> None:
     assert results["swarm --help"]["median"] < results["one server to READY"]["median"]
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "memory", "startup", "links"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "memory", "startup", "links", "push"])
 def test_a_bad_file_is_an_error_before_anything_is_measured(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,3 +412,62 @@ def test_where_chains_are_cut() -> None:
         "3 servers and a client": [0, 10, 20, 30],
     }
     assert where_cut(2)["3 cuts"] == [1]
+
+
+@pytest.mark.slow
+def test_agreement(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "agreement.json"
+    arguments = ["--model", str(tiny_chat_folder), "--precisions", "float32", "--prompts", "2"]
+    arguments += ["--prompt-tokens", "8", "--new-tokens", "12", "--servers", "1", "--json", str(file)]
+    assert run("agreement", *arguments) == 0
+    results, found = read(file, "agreement", runs=2)
+    assert set(found["ratios"].values()) == {1.0}
+    for name in ("again", "lost"):
+        assert results[f"float32, {name}: until they differ"]["runs"] == [6, 6]
+
+
+def test_agreement_counts_tokens_of_all_texts() -> None:
+    report = Report("agreement", {})
+    add_agreement(report, "x", [Outcome([1, 2, 3, 4], [1, 2, 3, 4], [1, 9, 3, 9]), Outcome([5] * 4, [5] * 4, [5] * 4)])
+    assert report.results[1].runs == (1, 4)
+    assert [report.ratios[f"x, lost: {name}"] for name in ("same texts", "same until they differ", "same tokens")] == [
+        1 / 2,
+        5 / 8,
+        6 / 8,
+    ]
+    assert report.ratios["x, again: same tokens"] == 1.0
+
+
+@pytest.mark.slow
+def test_training(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    file, text = tmp_path / "training.json", tmp_path / "text"
+    text.write_text(" ".join(f"w{4 + number * 7 % 250}" for number in range(32)))
+    arguments = ["--model", str(tiny_chat_folder), "--text", str(text), "--rows", "2", "--tokens", "16"]
+    assert run("training", *arguments, "--servers", "2", "--runs", "2", "--json", str(file)) == 0
+    results, found = read(file, "training", runs=2)
+    for name in ("1 server", "2 servers"):
+        for kind in ("forward", "forward+backward"):
+            ratio = results[f"{name}: {kind}"]["median"] / results[f"local: {kind}"]["median"]
+            assert found["ratios"][f"{name} / local: {kind}"] == pytest.approx(ratio)
+        for what in ("logits", "gradient"):
+            assert results[f"{name}: difference of {what} from local"]["median"] < 3e-5
+    assert found["settings"]["threads"] == 1
+
+
+def test_training_counts_tokens_and_refuses_wrong_results() -> None:
+    logits, gradient = torch.tensor([[[1.0, -4.0]]]), torch.tensor([[[0.5]]])
+    local = BothPasses(logits, gradient, forward=2.0, forward_and_backward=4.0)
+    same = local._replace(forward=4.0)
+    assert figures({"local": local, "1 server": same}, num_tokens=8, tolerance=0.0) == {
+        ("local: forward", "tokens/s"): 4.0,
+        ("local: forward+backward", "tokens/s"): 2.0,
+        ("1 server: forward", "tokens/s"): 2.0,
+        ("1 server: forward+backward", "tokens/s"): 2.0,
+        ("1 server: difference of logits from local", ""): 0.0,
+        ("1 server: difference of gradient from local", ""): 0.0,
+    }
+    assert relative_difference(logits + 1.0, logits) == 0.25
+    for wrong in (local._replace(logits=logits * 1.001), local._replace(gradient=gradient * float("nan"))):
+        with pytest.raises(SwarmError, match="differs from plain transformers"):
+            figures({"local": local, "1 server": wrong}, num_tokens=8, tolerance=3e-5)
+    check_difference("1 server", "logits", 0.1, tolerance=None)

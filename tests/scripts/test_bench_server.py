@@ -10,7 +10,7 @@ from swarm import AutoSwarmModelForCausalLM
 from swarm.data_structures import BlockSpan
 from swarm.rpc import server_info
 from swarm.scripts import bench_server
-from swarm.scripts.bench_server import Drops, Slowness, SlowSpan, bench_program, drop_session
+from swarm.scripts.bench_server import Drops, Slowness, SlowSpan, bench_program, drop_session, write_rate
 from swarm.scripts.local_swarm import LocalSwarm, ServerSpec
 from swarm.server.batch import RowChunk
 from swarm.server.span import Span
@@ -90,13 +90,26 @@ def test_drops_come_as_often_as_asked_for_and_the_same_for_a_seed():
         cache = object()
         stream = session_with([cache])
         engine = SimpleNamespace(submit=lambda task: "done")
-        drops = Drops(engine, SimpleNamespace(by_session={"x": stream}), 0.1, seed)
+        drops = Drops(engine, SimpleNamespace(by_session={"x": stream}), lambda: 0.1, seed)
         answers = [drops.submit(task_of(cache)) for _ in range(1000)]
         assert len(stream.cancelled) == sum(answer != "done" for answer in answers)
         return [answer != "done" for answer in answers]
 
     assert lost(1) == lost(1) != lost(2)
     assert 60 <= sum(lost(1)) <= 140
+
+
+def test_the_rate_in_a_file_holds_from_when_it_is_written(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(bench_server, "BenchServer", lambda drop_rate, **_: rates.append(drop_rate))
+    monkeypatch.setattr(bench_server.front_door, "main", lambda _: bench_server.server_module.Server())
+    monkeypatch.setattr(bench_server.server_module, "Server", None)
+    file = tmp_path / "rate"
+    bench_server.main([*bench_program(drop_rate=0.5, drop_rate_file=file)[1:], "model"])
+    (rate,) = rates
+    for value in (0.0, 1e-4):
+        write_rate(file, value)
+        assert rate() == value
 
 
 def test_only_the_session_of_the_step_is_lost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -49,7 +50,11 @@ class DemoProcess:
         return found
 
     def running(self, part_of_command: str) -> bool:
-        return any(part_of_command in " ".join(process.cmdline()) for process in self.descendants())
+        for process in self.descendants():
+            with contextlib.suppress(psutil.Error):  # gone meanwhile
+                if part_of_command in " ".join(process.cmdline()):
+                    return True
+        return False
 
     def read_until(self, text: str) -> None:
         """Read its output up to the line that begins with `text`."""

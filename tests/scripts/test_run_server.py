@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers.generation.streamers import BaseStreamer
 
 from swarm import AutoSwarmModelForCausalLM
@@ -337,3 +338,14 @@ def test_what_one_peer_may_take(monkeypatch: pytest.MonkeyPatch, flags: dict[str
     monkeypatch.setattr(run_server, "_serve", configs.append)
     run_server.run_server("model", new_swarm=True, **flags)
     assert [config.quota_limits for config in configs] == [limits]
+
+
+def test_the_size_of_a_pass_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[ServerConfig] = []
+    monkeypatch.setattr(serving, "run_until_stopped", lambda serve, watch: serve())
+    monkeypatch.setattr(run_server, "_serve", configs.append)
+    run_server.run_server("model", new_swarm=True)
+    run_server.run_server("model", new_swarm=True, max_pass_tokens=2000)
+    assert [config.max_pass_tokens for config in configs] == [ServerConfig(model="model").max_pass_tokens, 2000]
+    with pytest.raises(ValidationError, match="max_pass_tokens"):  # clients would ban a server that takes less
+        ServerConfig(model="model", max_pass_tokens=1023)

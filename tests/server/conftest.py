@@ -257,6 +257,8 @@ class World:
             quotas=PeerQuotas(QuotaLimits()),
             idle_limit=600.0,
             step_timeout=120.0,
+            pass_timeout=120.0,
+            max_pass_tokens=512,
         )
         self._clients: list[Client] = []
 

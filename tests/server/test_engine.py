@@ -14,12 +14,10 @@ import torch
 
 from swarm.data_structures import BlockSpan
 from swarm.errors import EngineError, SessionTooLong
-from swarm.protocol import WorkKind
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine, Load
 from swarm.server.kv_cache import KVCache
 from swarm.server.pace import SAFETY, Pace
-from swarm.server.scheduler import TRAINING_PATIENCE
 from swarm.server.settling import Settling
 from swarm.server.span import Span
 from swarm.server.tasks import RowWork, StepOutput, StepTask
@@ -175,16 +173,6 @@ def test_a_failure_is_that_of_the_session_which_caused_it(fake: Fixture) -> None
     assert result(neighbour)[0, 0] == 1.0
     assert result(later)[0, 0] == 6.0
     assert [len(batch) for batch in fake.span.batches] == [1, 2, 1, 1, 1]  # once together, once each alone
-
-
-def test_training_waits_behind_prompts_but_not_for_ever(fake: Fixture) -> None:
-    fake.occupy()
-    training = fake.task(5)
-    training.work = WorkKind.FORWARD
-    futures = [fake.engine.submit(training), fake.submit((TRAINING_PATIENCE + 4) * 16, max_length=512)]
-    fake.span.open()
-    wait_for(futures, LIMIT)
-    assert [(0, 5) in batch for batch in fake.span.batches[1:]].index(True) == TRAINING_PATIENCE
 
 
 def test_a_failed_step_can_be_repeated(fake: Fixture) -> None:

@@ -52,7 +52,6 @@ from swarm.protocol import (
     StepRequest,
     StepResult,
     TensorMeta,
-    WorkKind,
     pack,
 )
 from swarm.rpc import FrameStream, server_info
@@ -214,8 +213,6 @@ BAD_STEPS: dict[str, tuple[dict[str, Any], bytes, type[SwarmError], str]] = {
     ),
     "NaN": ({}, struct.pack("<64f", *[float("nan")], *[0.0] * 63), ProtocolError, "NaN or infinity"),
     "infinity": ({}, struct.pack("<64f", *[0.0] * 63, float("-inf")), ProtocolError, "NaN or infinity"),
-    "forward": ({"work": WorkKind.FORWARD}, bytes(256), NotSupported, "not forward passes"),
-    "backward": ({"work": WorkKind.BACKWARD}, bytes(256), NotSupported, "not backward passes"),
 }
 
 

@@ -122,6 +122,8 @@ async def test_the_handler_keeps_the_line():
         quotas=PeerQuotas(QuotaLimits()),
         idle_limit=1.0,
         step_timeout=1.0,
+        pass_timeout=1.0,
+        max_pass_tokens=64,
     )
 
     async def ask(peer, number):

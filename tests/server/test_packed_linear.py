@@ -73,10 +73,22 @@ def test_the_weight_can_be_read_back() -> None:
     assert torch.equal(PackedLinear(linear).weight, linear.weight)
 
 
-def test_gradients_of_the_input_are_the_library_s() -> None:
-    linear, x = layer(), random(5, 96).requires_grad_()
+@pytest.mark.parametrize("shape", [(1, 96), (5, 96), (1, 130, 96), (96,)])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_gradients_of_the_input_are_the_library_s(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    linear, x = layer(dtype=dtype), random(*shape, dtype=dtype).requires_grad_()
     (wanted,) = torch.autograd.grad(linear(x).square().sum(), [x])
     (found,) = torch.autograd.grad(PackedLinear(linear)(x).square().sum(), [x])
+    assert (found.shape, found.dtype) == (x.shape, dtype)
+    tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * wanted.abs().max().item()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+
+def test_gradients_that_lie_apart_in_memory() -> None:
+    """As that of a sum does, which is one number repeated."""
+    linear, x = layer(), random(5, 96).requires_grad_()
+    (wanted,) = torch.autograd.grad(linear(x).sum(), [x])
+    (found,) = torch.autograd.grad(PackedLinear(linear)(x).sum(), [x])
     torch.testing.assert_close(found, wanted)
 
 

@@ -363,8 +363,9 @@ def test_settings_of_a_server_become_limits() -> None:
         model="m",
         max_sessions_per_peer=1,
         max_streams_per_peer=2,
+        max_kept_bytes_per_peer="4MiB",  # type: ignore[arg-type]  # parsed there
         max_bytes_in_flight_per_peer="3MiB",  # type: ignore[arg-type]  # parsed there
         requests_per_second_per_peer=4.5,
         request_burst_per_peer=5,
     )
-    assert config.quota_limits == QuotaLimits(1, 2, 3 * 2**20, 4.5, 5)
+    assert config.quota_limits == QuotaLimits(1, 2, 3 * 2**20, 4 * 2**20, 4.5, 5)

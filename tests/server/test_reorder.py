@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import DynamicCache
 
 from swarm.data_structures import BlockSpan
-from swarm.errors import EngineError, ProtocolError, SessionLost
+from swarm.errors import EngineError, ProtocolError, SessionLost, SwarmError
 from swarm.protocol import Reorder
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine
@@ -325,6 +326,34 @@ def test_a_session_that_ends_while_its_rows_are_reordered(
     monkeypatch.undo()
     output = steps.run(other, [[5, 6, 7]])  # the engine lives
     torch.testing.assert_close(output, steps.expected([[5, 6, 7]], [[5, 6, 7]]), rtol=1e-4, atol=1e-5)
+    cache.release(other)
+    assert cache.free_pages == cache.num_pages == 32
+    assert cache.tokens_left == 32 * PAGE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory is left"), RuntimeError("a bug")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_session_whose_copying_fails_half_way_is_lost_and_the_engine_goes_on(
+    make_steps: Callable[..., Steps], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Its first layers may be reordered already: to do it again would mix up rows."""
+    steps = make_steps(num_pages=32)
+    cache = steps.engine.cache
+    rows, other = cache.admit(2, 20), cache.admit(1, 20)
+    steps.run(rows, [[5, 6, 7], [8, 9]])
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "copy_slots", Mock(side_effect=error))
+        with pytest.raises(SessionLost, match=f"{error}; the session can be replayed"):
+            steps.run(rows, [[1], [2]], Reorder(1, (1, 0)))
+    assert rows[0].session.evicted
+    with pytest.raises(SwarmError):
+        steps.run(rows, [[1], [2]], Reorder(1, (1, 0)))
+    output = steps.run(other, [[5, 6, 7]])
+    torch.testing.assert_close(output, steps.expected([[5, 6, 7]], [[5, 6, 7]]), rtol=1e-4, atol=1e-5)
+    cache.release(rows)  # as the handler does at last
     cache.release(other)
     assert cache.free_pages == cache.num_pages == 32
     assert cache.tokens_left == 32 * PAGE

@@ -10,17 +10,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from swarm.server.scheduler import BULK_SHARE, TAIL_SHARE, TRAINING_PATIENCE, Kind, Waiting, next_batch
+from swarm.server.scheduler import BULK_SHARE, TAIL_SHARE, Kind, Waiting, next_batch
 
 ENTRIES = st.lists(
     st.one_of(
         st.just(Waiting(1, Kind.DECODE)),
-        st.builds(Waiting, st.integers(1, 300), st.sampled_from([Kind.PREFILL, Kind.TRAINING])),
+        st.builds(Waiting, st.integers(1, 300), st.just(Kind.PREFILL)),
     ),
     max_size=40,
 )
 BUDGETS = st.integers(1, 100)
-PATIENCE = st.integers(0, 2 * TRAINING_PATIENCE)
 
 
 def decode(number: int) -> list[Waiting]:
@@ -31,15 +30,11 @@ def prompt(num_tokens: int) -> Waiting:
     return Waiting(num_tokens, Kind.PREFILL)
 
 
-def training(num_tokens: int) -> Waiting:
-    return Waiting(num_tokens, Kind.TRAINING)
-
-
-@given(ENTRIES, BUDGETS, BUDGETS, PATIENCE)
+@given(ENTRIES, BUDGETS, BUDGETS)
 def test_a_batch_keeps_its_budgets_and_takes_no_more_than_waits(
-    waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int, patience: int
+    waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int
 ) -> None:
-    taken = next_batch(waiting, max_tokens, bulk_tokens, patience)
+    taken = next_batch(waiting, max_tokens, bulk_tokens)
     assert len(taken) == len(waiting)
     assert sum(taken) <= max_tokens
     assert all(0 <= number <= entry.num_tokens for number, entry in zip(taken, waiting, strict=True))
@@ -47,33 +42,28 @@ def test_a_batch_keeps_its_budgets_and_takes_no_more_than_waits(
     assert in_bulk <= bulk_tokens + bulk_tokens // TAIL_SHARE
 
 
-@given(ENTRIES.filter(bool), BUDGETS, BUDGETS, PATIENCE)
-def test_if_anything_waits_something_is_taken(
-    waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int, patience: int
-) -> None:
-    assert sum(next_batch(waiting, max_tokens, bulk_tokens, patience)) > 0
+@given(ENTRIES.filter(bool), BUDGETS, BUDGETS)
+def test_if_anything_waits_something_is_taken(waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int) -> None:
+    assert sum(next_batch(waiting, max_tokens, bulk_tokens)) > 0
 
 
-@given(ENTRIES, BUDGETS, PATIENCE)
-@example([Waiting(1, Kind.PREFILL), *[Waiting(1, Kind.DECODE)] * 20], 16, 0)
-def test_where_nobody_is_held_up_the_device_is_not_left_idle(
-    waiting: Sequence[Waiting], max_tokens: int, patience: int
-) -> None:
-    taken = next_batch(waiting, max_tokens, max_tokens, patience)
+@given(ENTRIES, BUDGETS)
+@example([Waiting(1, Kind.PREFILL), *[Waiting(1, Kind.DECODE)] * 20], 16)
+def test_where_nobody_is_held_up_the_device_is_not_left_idle(waiting: Sequence[Waiting], max_tokens: int) -> None:
+    taken = next_batch(waiting, max_tokens, max_tokens)
     assert sum(taken) == min(max_tokens, sum(entry.num_tokens for entry in waiting))
 
 
-@given(ENTRIES, BUDGETS, BUDGETS, PATIENCE)
-def test_among_rows_that_decode_or_train_the_oldest_goes_first(
-    waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int, patience: int
+@given(ENTRIES, BUDGETS, BUDGETS)
+def test_among_rows_that_decode_the_oldest_goes_first(
+    waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int
 ) -> None:
-    taken = next_batch(waiting, max_tokens, bulk_tokens, patience)
-    for kind in (Kind.DECODE, Kind.TRAINING):
-        missed = False
-        for number, entry in zip(taken, waiting, strict=True):
-            if entry.kind is kind:
-                assert not (missed and number), "a younger row was served before an older one was done"
-                missed |= number < entry.num_tokens
+    taken = next_batch(waiting, max_tokens, bulk_tokens)
+    missed = False
+    for number, entry in zip(taken, waiting, strict=True):
+        if entry.kind is Kind.DECODE:
+            assert not (missed and number), "a younger row was served before an older one was done"
+            missed |= number < entry.num_tokens
 
 
 @given(st.lists(st.integers(1, 300).map(prompt), min_size=1, max_size=10), st.integers(2, 100), BUDGETS)
@@ -112,35 +102,24 @@ def test_prompts_get_their_share_and_no_more_when_decode_rows_would_fill_the_bat
         ([prompt(100), prompt(90), prompt(3)], 16, 16, [8, 5, 3]),
         ([prompt(45), *decode(2)], 64, 40, [45, 1, 1]),  # 5 left behind would cost a batch of their own
         ([prompt(46), *decode(2)], 64, 40, [40, 1, 1]),
-        ([training(9), prompt(100), *decode(2)], 64, 8, [0, 8, 1, 1]),
-        ([training(9), prompt(5), *decode(2)], 64, 8, [3, 5, 1, 1]),
     ],
 )
 def test_examples(waiting: Sequence[Waiting], max_tokens: int, bulk_tokens: int, expected: list[int]) -> None:
     assert next_batch(waiting, max_tokens, bulk_tokens) == expected
 
 
-def test_overdue_training_goes_before_prompts_but_not_before_decode_rows() -> None:
-    waiting = [prompt(100), training(100), *decode(2)]
-    assert next_batch(waiting, 64, 8, TRAINING_PATIENCE - 1) == [8, 0, 1, 1]
-    assert next_batch(waiting, 64, 8, TRAINING_PATIENCE) == [0, 8, 1, 1]
-
-
 def rounds_until_served(
-    watched: Waiting, others: Sequence[Waiting], max_tokens: int, bulk_tokens: int, limit: int, started: bool = False
+    watched: Waiting, others: Sequence[Waiting], max_tokens: int, bulk_tokens: int, limit: int
 ) -> int:
     """Batches until `watched` is done, while `others` are replaced by new ones of their kind as soon as they are done.
-
-    started: until it got anything, instead. It starts behind all others.
+    It starts behind all others.
     """
     queue = [*others, watched]
-    position, patience = len(queue) - 1, 0
+    position = len(queue) - 1
     for number in range(1, limit + 1):
-        taken = next_batch(queue, max_tokens, bulk_tokens, patience)
-        if taken[position] == queue[position].num_tokens or (started and taken[position]):
+        taken = next_batch(queue, max_tokens, bulk_tokens)
+        if taken[position] == queue[position].num_tokens:
             return number
-        in_training = [n for entry, n in zip(queue, taken, strict=True) if entry.kind is Kind.TRAINING]
-        patience = patience + 1 if in_training and not any(in_training) else 0
         left = [(entry, entry.num_tokens - n) for entry, n in zip(queue, taken, strict=True)]
         position -= sum(rest == 0 for _, rest in left[:position])
         arriving = [entry for entry, rest in left if rest == 0]
@@ -148,15 +127,13 @@ def rounds_until_served(
     return limit + 1
 
 
-@given(st.integers(1, 200), st.integers(1, 60), st.integers(2, 60), BUDGETS, st.booleans())
-def test_a_prompt_is_served_beside_endless_decoding_and_training(
-    num_tokens: int, num_decode: int, max_tokens: int, bulk_tokens: int, trains: bool
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(2, 60), BUDGETS)
+def test_a_prompt_is_served_beside_endless_decoding(
+    num_tokens: int, num_decode: int, max_tokens: int, bulk_tokens: int
 ) -> None:
     per_round = min(max(1, max_tokens // BULK_SHARE), bulk_tokens)
-    rounds = -(-num_tokens // per_round)
-    limit = rounds + -(-rounds // TRAINING_PATIENCE)
-    others = [*decode(num_decode), *[training(300)] * trains]
-    assert rounds_until_served(prompt(num_tokens), others, max_tokens, bulk_tokens, limit) <= limit
+    limit = -(-num_tokens // per_round)
+    assert rounds_until_served(prompt(num_tokens), decode(num_decode), max_tokens, bulk_tokens, limit) <= limit
 
 
 @given(st.integers(1, 200), st.lists(st.integers(1, 200), max_size=4), st.integers(2, 60))
@@ -174,16 +151,6 @@ def test_a_decode_row_is_served_beside_endless_prompts(
     limit = -(-(num_decode + 1) // per_round)
     others = [*prompts, *decode(num_decode)]
     assert rounds_until_served(decode(1)[0], others, max_tokens, bulk_tokens, limit) <= limit
-
-
-@given(st.integers(0, 60), st.lists(st.integers(1, 300).map(prompt), max_size=5), st.integers(2, 60), BUDGETS)
-def test_training_gets_its_turn_beside_endless_prompts_and_decoding(
-    num_decode: int, prompts: list[Waiting], max_tokens: int, bulk_tokens: int
-) -> None:
-    limit = TRAINING_PATIENCE + 1
-    others = [*prompts, *decode(num_decode)]
-    rounds = rounds_until_served(training(300), others, max_tokens, bulk_tokens, limit, started=True)
-    assert rounds <= limit
 
 
 @given(st.integers(0, 10), st.integers(0, 5))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
-from swarm.errors import CacheFull, NotSupported, PeerRefused, ProtocolError, SessionLost, SessionTooLong, SwarmError
-from swarm.protocol import NextServer, OpenSession, Reorder, RowSlice, StepRequest, TensorMeta, WorkKind
+from swarm.errors import CacheFull, PeerRefused, ProtocolError, SessionLost, SessionTooLong, SwarmError
+from swarm.protocol import NextServer, OpenSession, Reorder, RowSlice, StepRequest, TensorMeta
 from swarm.server.kv_cache import KVCache
 from swarm.server.sessions import Session, SessionTable
 
@@ -146,8 +146,6 @@ def test_steps_that_fit(session: Session, rows: list[tuple[int, int, int]]) -> N
         (step((0, 6, 1)), ProtocolError, "goes on at position 6, but only 5 tokens"),
         (step((1, 1, 1)), ProtocolError, "goes on at position 1, but only 0 tokens"),
         (step((0, 5, 16)), SessionTooLong, r"5 \+ 16 tokens are more than the session's max_length of 20"),
-        (step((0, 5, 1), work=WorkKind.FORWARD), NotSupported, "not forward passes"),
-        (step((0, 5, 1), work=WorkKind.BACKWARD), NotSupported, "not backward passes"),
         (
             step((0, 5, 1), (1, 0, 1), reorder=Reorder(1, (0,))),
             ProtocolError,

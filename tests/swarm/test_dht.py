@@ -226,7 +226,11 @@ def fields(**changes: Any) -> bytes:
         (None, "junk", "not bytes"),
         ({"state": "online"}, "junk", "not bytes"),
         (msgpack.packb([1, 2, 3]), "junk", "not fields"),
-        (fields(protocol_version=PROTOCOL_VERSION + 1, news=True), "protocol version", "version 3 does not mix"),
+        (
+            fields(protocol_version=PROTOCOL_VERSION + 1, news=True),
+            "protocol version",
+            f"version {PROTOCOL_VERSION + 1} does not mix",
+        ),
         (fields(protocol_version="\x1b[31m" + "9" * 100), "protocol version", "does not mix"),
         (fields(throughput=-1.0), "schema", "throughput"),
         (fields(throughput=float("nan")), "schema", "throughput"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import MessageTooLarge, ProtocolError
+from swarm.passes import PassRequest, PassResult, TensorPart
 from swarm.protocol import (
     MAX_HEADER_BYTES,
     MAX_ROWS,
@@ -22,16 +23,17 @@ from swarm.protocol import (
     NextServer,
     OpenPush,
     OpenSession,
+    PromptsTaken,
     PushFailed,
     Relink,
     Relinked,
     Reorder,
     RowSlice,
     SessionOpened,
+    SessionPrompts,
     StepRequest,
     StepResult,
     TensorMeta,
-    WorkKind,
     pack,
     unpack,
 )
@@ -72,6 +74,9 @@ RESULT = StepResult(
     moving=True,
 )
 RELINK = Relink(previous=PEER, next=NEXT)
+PASS = PassRequest(
+    fingerprint=FINGERPRINT, span=BlockSpan(start=2, end=4), lengths=(1, 2), output_codec=Codec.FLOAT32, hidden=HIDDEN
+)
 ALL = [
     OPEN,
     OpenSession(
@@ -88,11 +93,18 @@ ALL = [
     Relinked(),
     OpenPush(session_id=SESSION),
     STEP,
-    StepRequest(step=0, work=WorkKind.BACKWARD, rows=(RowSlice(0, 0, 3),), hidden=HIDDEN),
+    StepRequest(step=0, rows=(RowSlice(0, 0, 3),), hidden=HIDDEN),
     RESULT,
     PushFailed(step=7, reason="nobody is there"),
     CloseSession(),
     Moving(),
+    SessionPrompts(first=1, num_tokens=2, prompts=TensorMeta(shape=(6, 8), codec=Codec.FLOAT32)),
+    PromptsTaken(),
+    PASS,
+    PASS.model_copy(update={"prompts": HIDDEN, "gradient": HIDDEN, "adapters": ("one", None)}),
+    TensorPart(),
+    PassResult(hidden=HIDDEN, queue_time=0, compute_time=10**6),
+    PassResult(hidden=HIDDEN, prompts=HIDDEN, queue_time=2**60, compute_time=0),
     ErrorReply(error="CacheFull", message="völlig voll", tokens_left=0),
     ErrorReply(error="EngineError", message="", step=2**62),
 ]
@@ -140,7 +152,7 @@ def positions_of(message: Message, *more: Any, drop: int = 0) -> bytes:
 
 def test_a_message_without_its_last_fields_has_their_defaults() -> None:
     bare = STEP.model_copy(update={"reorder": None, "sent_at": 0, "push": 0})
-    assert unpack(positions_of(STEP, drop=4)) == bare
+    assert unpack(positions_of(STEP, drop=3)) == bare
 
 
 @pytest.mark.parametrize(
@@ -164,8 +176,12 @@ def test_a_message_without_its_last_fields_has_their_defaults() -> None:
         (fields_of(RELINK, next=["QmBehind", SESSION, 1]), "next"),
         (positions_of(OpenPush(session_id=SESSION), drop=1), "session_id: Field required"),
         (fields_of(OpenPush(session_id=SESSION), session_id=None), "session_id:"),
-        (fields_of(STEP, work="sabotage"), "work:"),
         (fields_of(STEP, rows=[]), "rows:"),
+        (fields_of(PASS, lengths=[]), "lengths:"),
+        (fields_of(PASS, lengths=[0]), "lengths.0:"),
+        (fields_of(PASS, lengths=[1] * (MAX_ROWS + 1)), "lengths:"),
+        (fields_of(PASS, hidden=None), "hidden:"),
+        (fields_of(PASS, gradient=[[1, 1], "int64"]), "gradient.codec:"),
         (fields_of(STEP, rows=[(0, 0, 1)] * (MAX_ROWS + 1)), "rows:"),
         (fields_of(STEP, rows=[(0, -1, 1)]), "rows.0.1:"),
         (fields_of(STEP, rows=[(MAX_ROWS, 0, 1)]), "rows.0.0:"),

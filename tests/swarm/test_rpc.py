@@ -201,7 +201,9 @@ async def test_questions_to_a_server_and_foreign_errors_as_ours() -> None:
             await timed_info(client.p2p, server.peer_id, LIMIT, "d" * 16)
 
         assert await upload_rate(client.p2p, server.peer_id, LIMIT) > 2**20 / LIMIT
-        assert answers.uploads == [2**16, 2**20]
+        # As many as a busy machine makes necessary: one is enough on an idle one.
+        assert answers.uploads[0] == 2**16
+        assert set(answers.uploads[1:]) == {2**20}
         answers.uploads.clear()
         answers.upload_time = 0.3  # a slow line, which shall not carry the whole of it
         assert 2**16 / LIMIT < await upload_rate(client.p2p, server.peer_id, LIMIT) < 2 * 2**16 / 0.3
