@@ -38,7 +38,7 @@ from swarm.rpc import FrameStream
 
 from .engine import Engine
 from .openings import Openings
-from .pass_stream import serve_pass
+from .pass_stream import STREAM_PATIENCE, serve_pass
 from .quotas import Hold, PeerQuotas
 from .session_stream import SessionStream, error_reply
 from .sessions import Session, SessionTable
@@ -153,9 +153,9 @@ class Handler:
                 except PeerUnreachable:
                     pass  # nobody waits for the answer
                 except SwarmError as error:
-                    await self._turn_away(stream, peer_id, error)
+                    await self.turn_away(stream, peer_id, error)
         except QuotaExceeded as error:
-            await self._turn_away(stream, peer_id, error)
+            await self.turn_away(stream, peer_id, error)
         except asyncio.CancelledError:  # the server stops
             pass
         finally:
@@ -167,7 +167,7 @@ class Handler:
         try:
             hold = self.quotas.stream(peer_id)
         except QuotaExceeded as error:
-            await self._turn_away(frames, peer_id, error)
+            await self.turn_away(frames, peer_id, error)
             return
         with hold:
             stream = SessionStream(self, frames, peer_id)
@@ -186,7 +186,7 @@ class Handler:
         except PeerUnreachable:
             pass  # the usual end
         except SwarmError as error:
-            await self._turn_away(stream, peer_id, error)
+            await self.turn_away(stream, peer_id, error)
         except TimeoutError:
             logger.info("closed a stream of %s, which did not say within %g s what for", info.peer_id, PUSH_PATIENCE)
         finally:
@@ -244,11 +244,12 @@ class Handler:
         session.check_pusher(peer_id)
         return session
 
-    async def _turn_away(self, stream: FrameStream, peer_id: str, error: SwarmError) -> None:
+    async def turn_away(self, stream: FrameStream, peer_id: str, error: SwarmError) -> None:
         """Say why, and close the stream once what was on its way has come: else that could take the answer along."""
         logger.info("refused a stream of %s: %.300r", peer_id, error)  # it may quote a stranger
-        with contextlib.suppress(PeerUnreachable):
-            await stream.send(error_reply(error))
+        with contextlib.suppress(PeerUnreachable, TimeoutError):
+            async with asyncio.timeout(STREAM_PATIENCE):
+                await stream.send(error_reply(error))
             if self._lingering[peer_id] < MAX_LINGERING:
                 self._lingering[peer_id] += 1
                 try:

@@ -90,17 +90,27 @@ class SessionStream:
                     payload, hold = await self.receive_tensor(self._stream, size)
                     await self._dispatch(message, payload, hold)
         except TimeoutError:
-            await self._refuse(SessionLost(self._why_too_late()))
+            await self._turn_away(SessionLost(self._why_too_late()))
         except PeerUnreachable:
             pass  # the usual end of a session
         except SwarmError as error:  # after which the stream cannot be understood any more
-            await self._refuse(error)
+            await self._turn_away(error)
         except asyncio.CancelledError:  # the server stops
             pass
         finally:
             self._end()
 
+    async def _turn_away(self, error: SwarmError) -> None:
+        """Say why this stream ends. What its session held is free before that: the other side may be slow to hear."""
+        self._release()
+        await self._handler.turn_away(self._stream, self._peer_id, error)
+
     def _end(self) -> None:
+        self._release()
+        for stream in (self._stream, *self.incoming):
+            stream.close()
+
+    def _release(self) -> None:
         for work in self._work:
             work.cancel()
         if self._link is not None:
@@ -108,10 +118,9 @@ class SessionStream:
         if self._session is not None:
             self._handler.sessions.close(self._session)
             self._handler.by_session.pop(self._session.session_id, None)
+            self._session = None
         self._place.release()
         self._prompts.close()
-        for stream in (self._stream, *self.incoming):
-            stream.close()
 
     def _why_too_late(self) -> str:
         if self._session is None:

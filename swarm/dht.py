@@ -36,6 +36,7 @@ from .records import (
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 20.0  # seconds for one reading or announcing; a healthy swarm needs well under one
+_STORE_ATTEMPTS = 3  # within that time
 _MODELS = "models"
 _WITHDRAWN = b""
 
@@ -76,23 +77,30 @@ class Directory:
         content = write_record(info)
         if len(content) > MAX_RECORD_BYTES:
             raise ValueError(f"a record of {len(content)} bytes is over the limit of {MAX_RECORD_BYTES}")
-        # A peer keeps the record that expires last, so news must always expire later than what it replaces.
-        expires = max(get_dht_time() + ttl, self._last_expiration + 1e-3)
-        self._last_expiration = expires
         shard = shard_of(self._node.peer_id)
         keys = [_key(model.fingerprint, shard), _key(_MODELS, shard)]
-        subkey = self._node.validator.local_public_key
         contents = [content, _WITHDRAWN if info.state == ServerState.OFFLINE else write_record(model)]
         try:
             # Not wait_for, here and elsewhere: in Python 3.11 it may swallow a cancellation.
             async with asyncio.timeout(_TIMEOUT):
-                stored = await self._node.dht.store_many(
-                    keys, contents, expires, subkeys=[subkey, subkey], exclude_self=not self._node.config.listen
-                )
+                for _ in range(_STORE_ATTEMPTS):
+                    if await self._store(keys, contents, ttl):
+                        return
         except Exception as error:
             raise NetworkError(f"could not announce this server: {_reason(error)}") from error
-        if not all(stored.values()):
-            raise NetworkError("could not announce this server: no peer of the swarm took its record")
+        raise NetworkError("could not announce this server: no peer of the swarm took its record")
+
+    async def _store(self, keys: list[str], contents: list[bytes], ttl: float) -> bool:
+        """Whether the peers took it. hivemind tells only the last answer, and that may be a no from a peer that has the
+        very same record already: peers hand records on to those that join."""
+        # A peer keeps the record that expires last, so news must always expire later than what it replaces.
+        expires = max(get_dht_time() + ttl, self._last_expiration + 1e-3)
+        self._last_expiration = expires
+        subkeys = [self._node.validator.local_public_key] * len(keys)
+        stored = await self._node.dht.store_many(
+            keys, contents, expires, subkeys=subkeys, exclude_self=not self._node.config.listen
+        )
+        return all(stored.values())
 
     async def servers(self, fingerprint: str) -> list[ServerRecord]:
         """The servers of the model with these weights that are not offline, as they announced themselves last.

@@ -114,6 +114,35 @@ async def test_alone_in_a_new_swarm() -> None:
         assert [record.peer_id for record in await directory.servers(MODEL.fingerprint)] == [node.peer_id]
 
 
+async def test_a_peer_that_was_handed_the_record_before_we_came_says_no_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hivemind's peers hand their records on to a peer that joins; then our own copy is not newer than what it has."""
+    async with nodes(2) as (server, reader):
+        store_many, calls = server.dht.store_many, []
+
+        async def handed_on_first(*arguments: Any, **options: Any) -> dict[str, bool]:
+            calls.append(await store_many(*arguments, **options))
+            return dict.fromkeys(calls[-1], len(calls) > 1)
+
+        monkeypatch.setattr(server.dht, "store_many", handed_on_first)
+        await Directory(server).announce(MODEL, info(), ttl=60.0)
+        assert [list(stored.values()) for stored in calls] == [[True, True], [True, True]]  # and newer than the first
+        assert [record.peer_id for record in await Directory(reader).servers(MODEL.fingerprint)] == [server.peer_id]
+
+
+async def test_peers_that_never_take_a_record_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with nodes(1) as [node]:
+        calls = []
+
+        async def refuse(keys: list[str], *_: Any, **__: Any) -> dict[str, bool]:
+            calls.append(keys)
+            return dict.fromkeys(keys, False)
+
+        monkeypatch.setattr(node.dht, "store_many", refuse)
+        with pytest.raises(NetworkError, match="no peer of the swarm took its record"):
+            await Directory(node).announce(MODEL, info(), ttl=60.0)
+        assert len(calls) == 3
+
+
 async def test_a_third_node_reads_what_two_announced() -> None:
     async with nodes(3) as (first, second, third):
         before = time.time()
