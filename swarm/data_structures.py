@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .errors import BadSpan
 
 #: Peers whose records carry another number do not mix with ours.
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_BLOCKS = 4096
 
@@ -84,12 +84,24 @@ DecodeTimes = Annotated[
 Rate = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 PeerName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9]+$")]
 AdapterName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\x21-\x7e]+$")]
+#: First hex digits of the sha256 over an adapter's files: equal ones are the same adapter, whatever it is called.
+AdapterDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+#: Most adapters that a server announces, so that a record stays small.
+MAX_ANNOUNCED_ADAPTERS = 128
 #: Most entries of `ServerInfo.next_pings`, so that a record stays small.
 MAX_NEXT_PINGS = 64
 #: What somebody who is about to open a session calls himself while he chooses a server: random, and new each time.
 OpeningKey = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 #: Most of them that a server remembers at a time.
 MAX_OPENINGS = 256
+
+
+class AdapterInfo(NamedTuple):
+    """An adapter that a server has. kind: what its files say, such as "lora", for people."""
+
+    name: AdapterName
+    kind: Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[a-z0-9_+-]+$")]
+    digest: AdapterDigest
 
 
 def _printable(text: str) -> str:
@@ -111,7 +123,8 @@ class ServerInfo(Frozen):
     cache_tokens_left: how many tokens of new sessions it can still admit.
     next_pings: seconds of round trip to servers that hold the block after this span, by peer id.
     relayed: it can be reached through relays only, which are slow and may drop a connection.
-    adapters: names of the adapters that it can apply.
+    adapters: those that it has; of more than MAX_ANNOUNCED_ADAPTERS, those that were used last.
+    fetches_adapters: it loads adapters of the hub when somebody asks for them; their names hold a "/".
     """
 
     protocol_version: Annotated[int, Field(ge=0)] = PROTOCOL_VERSION
@@ -133,7 +146,8 @@ class ServerInfo(Frozen):
         dict[PeerName, Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]], Field(max_length=MAX_NEXT_PINGS)
     ] = {}
     relayed: bool = False
-    adapters: Annotated[tuple[AdapterName, ...], Field(max_length=64)] = ()
+    adapters: Annotated[tuple[AdapterInfo, ...], Field(max_length=MAX_ANNOUNCED_ADAPTERS)] = ()
+    fetches_adapters: bool = False
 
     @field_validator("public_name", "software")
     @classmethod

@@ -4,18 +4,21 @@ SwarmError
 ├── UsageError              what the user asked for cannot be done as asked; says what to change
 │   ├── BadAddress          a multiaddress that does not parse, or lacks its /p2p/ part
 │   ├── BadSpan             a span of blocks that is empty or lies outside the model
-│   └── ModelNotFound       no such model, or a folder without what a model needs
+│   ├── ModelNotFound       no such model, or a folder without what a model needs
+│   └── AdapterError        an adapter that cannot be used: damaged, of another base or kind, too large
 ├── NetworkError            this peer cannot take part in the swarm
 │   ├── JoinFailed          no initial peer answered
 │   └── PortInUse           another program listens on the wanted port
 ├── RoutingError            no chain of servers for what was asked
 │   ├── MissingBlocks       some blocks are held by no live server
 │   ├── ModelNotServed      nobody in the swarm serves these weights
-│   └── NumericsMismatch    only servers with other numerics are left, and strict_numerics forbids them
+│   ├── NumericsMismatch    only servers with other numerics are left, and strict_numerics forbids them
+│   └── AdapterNotServed    nobody in the swarm has this adapter, or no chain of servers has the same one
 ├── PeerError               one server failed us; a session recovers by replaying elsewhere
 │   ├── PeerTimeout         it did not answer in time
 │   ├── PeerUnreachable     it is gone, or its connection broke
 │   ├── PeerRefused         it would not serve this request
+│   ├── AdapterNotHere      it does not have this adapter (any more); others may
 │   └── SessionLost         it no longer holds this session
 ├── CacheFull               the server's cache has no room for the session
 ├── QuotaExceeded           this peer holds as much of the server as one peer may; others may do
@@ -51,6 +54,10 @@ class ModelNotFound(UsageError):
     """No such model, or a folder without the files that a model needs."""
 
 
+class AdapterError(UsageError):
+    """An adapter cannot be used: damaged, made for another base, of an unknown kind, too large."""
+
+
 class NetworkError(SwarmError):
     """This peer cannot take part in the swarm."""
 
@@ -83,6 +90,10 @@ class NumericsMismatch(RoutingError):
     """Only servers with another numerics tag are left, and strict_numerics forbids them."""
 
 
+class AdapterNotServed(RoutingError):
+    """Nobody in the swarm has this adapter, or no chain of servers has the same one."""
+
+
 class PeerError(SwarmError):
     """One server failed us. A session recovers by replaying its history elsewhere."""
 
@@ -97,6 +108,10 @@ class PeerUnreachable(PeerError):
 
 class PeerRefused(PeerError):
     """The server would not serve this request."""
+
+
+class AdapterNotHere(PeerError):
+    """The server does not have this adapter (any more); others may."""
 
 
 class SessionLost(PeerError):

@@ -19,7 +19,7 @@ from pydantic import Field
 from .codecs import Codec, row_bytes
 from .data_structures import PROTOCOL_VERSION, BlockSpan, Fingerprint
 from .errors import MessageTooLarge
-from .protocol import MAX_PAYLOAD_BYTES, MAX_POSITION, MAX_ROWS, Message, Microseconds, TensorMeta
+from .protocol import MAX_PAYLOAD_BYTES, MAX_POSITION, MAX_ROWS, Message, Microseconds, RowAdapters, TensorMeta
 
 PASS_STREAM = f"petswarm/pass/{PROTOCOL_VERSION}"
 
@@ -35,7 +35,7 @@ class PassRequest(Message):
     the hidden states of the first tokens of every sequence (P-tuning v2, Liu et al., ACL'22).
     gradient: of the output, in the output's shape. With it the pass is a backward one.
     output_codec: how the answer's tensors shall travel.
-    adapters: one for each sequence, or none at all.
+    adapters: of the sequences; None: no sequence has one.
     """
 
     kind: ClassVar[str] = "pass"
@@ -48,7 +48,7 @@ class PassRequest(Message):
     hidden: TensorMeta
     prompts: TensorMeta | None = None
     gradient: TensorMeta | None = None
-    adapters: Annotated[tuple[str | None, ...], Field(max_length=MAX_ROWS)] = ()
+    adapters: RowAdapters | None = None
 
     @property
     def tensors(self) -> list[TensorMeta]:

@@ -12,8 +12,7 @@ A step works on *rows*: one row is one sequence of the session's batch. Rows are
 [tokens, hidden_size] and `RowSlice` says which tokens belong to which row, and from which position on.
 Steps are numbered by the client, upwards through the whole life of a session and over all its servers; a step that is
 tried again gets a new number, so a server can tell a late duplicate from news.
-Adapters are named per row from the first protocol version on, so that servers which learn more can be told from those
-that refuse. Passes for training travel on streams of their own: see `passes.py`.
+Every row may have an adapter of its own, for as long as its session lives. Passes for training travel on streams of their own: see `passes.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,16 @@ from hivemind.proto import runtime_pb2
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .codecs import Codec
-from .data_structures import MAX_BLOCKS, PROTOCOL_VERSION, BlockSpan, Fingerprint, Frozen, PeerName
+from .data_structures import (
+    MAX_BLOCKS,
+    PROTOCOL_VERSION,
+    AdapterDigest,
+    AdapterName,
+    BlockSpan,
+    Fingerprint,
+    Frozen,
+    PeerName,
+)
 from .errors import MessageTooLarge, ProtocolError
 
 INFERENCE_STREAM = f"petswarm/inference/{PROTOCOL_VERSION}"
@@ -47,6 +55,8 @@ OPENING_QUESTION = "opening/"
 MAX_PROMPT_TOKENS = 512
 
 MAX_ROWS = 1024
+#: Different adapters in one session or pass.
+MAX_ADAPTERS = 256
 MAX_POSITION = 2**24
 
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -98,6 +108,20 @@ class Reorder(NamedTuple):
     sources: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_ROWS)], ...], Field(max_length=MAX_ROWS)]
 
 
+class AdapterRef(NamedTuple):
+    """An adapter that a client wants: that of this name with these contents."""
+
+    name: AdapterName
+    digest: AdapterDigest
+
+
+class RowAdapters(NamedTuple):
+    """Which row has which adapter. adapters: each once. rows: for every row an index into them, -1 for none."""
+
+    adapters: Annotated[tuple[AdapterRef, ...], Field(max_length=MAX_ADAPTERS)] = ()
+    rows: Annotated[tuple[Annotated[int, Field(ge=-1, lt=MAX_ADAPTERS)], ...], Field(max_length=MAX_ROWS)] = ()
+
+
 class NextServer(NamedTuple):
     """Where a server pushes its output: a peer, and the session that the same client has there."""
 
@@ -125,6 +149,7 @@ class OpenSession(Message):
 
     output_codec: how the outputs shall travel, to the client and to the next server alike.
     previous, next: the servers before and after this one, see `Relink`.
+    adapters: of the rows; None: no row has one.
     """
 
     kind: ClassVar[str] = "open"
@@ -136,7 +161,7 @@ class OpenSession(Message):
     output_codec: Codec
     previous: PeerName | None = None
     next: NextServer | None = None
-    adapters: Annotated[tuple[str | None, ...], Field(max_length=MAX_ROWS)] = ()
+    adapters: RowAdapters | None = None
 
 
 class SessionOpened(Message):
@@ -197,6 +222,8 @@ class StepRequest(Message):
 
     push: through so many further servers of the chain the outputs shall be pushed; 0: only the client gets them.
     sent_at: by the sender's clock.
+    time_left: within so many microseconds the client wants the answer; among steps that wait, those with less of it go
+    first. It is a wish: late answers come all the same. None: no hurry.
     """
 
     kind: ClassVar[str] = "step"
@@ -206,6 +233,7 @@ class StepRequest(Message):
     push: Annotated[int, Field(ge=0, le=MAX_BLOCKS)] = 0
     sent_at: Microseconds = 0
     reorder: Reorder | None = None
+    time_left: Microseconds | None = None
 
 
 class StepResult(Message):
