@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .adapter_files import FORMATS, choose_files, combined_digest
+from .data_structures import AdapterRef
 from .errors import AdapterError, ModelNotFound
 from .fingerprint import file_sha256
 from .hub import find_on_hub
-from .protocol import AdapterRef
 
 
 def is_hub_name(name: str) -> bool:

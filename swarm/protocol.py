@@ -30,13 +30,12 @@ from .codecs import Codec
 from .data_structures import (
     MAX_BLOCKS,
     PROTOCOL_VERSION,
-    AdapterDigest,
-    AdapterName,
     BlockSpan,
     Fingerprint,
     Frozen,
     PeerName,
 )
+from .data_structures import AdapterRef as AdapterRef
 from .errors import MessageTooLarge, ProtocolError, UsageError
 
 INFERENCE_STREAM = f"petswarm/inference/{PROTOCOL_VERSION}"
@@ -108,13 +107,6 @@ class Reorder(NamedTuple):
 
     number: Annotated[int, Field(ge=0, lt=2**63)]
     sources: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_ROWS)], ...], Field(max_length=MAX_ROWS)]
-
-
-class AdapterRef(NamedTuple):
-    """An adapter that a client wants: that of this name with these contents."""
-
-    name: AdapterName
-    digest: AdapterDigest
 
 
 class RowAdapters(NamedTuple):
