@@ -6,8 +6,8 @@ tests of their own.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ class LocalConnection:
         self.sessions: list[LocalSession] = []
         self.adapters = {"one": f"{1:016x}", "two": f"{2:016x}"}
         self.searched: list[str] = []
-        self.thread = threading.Thread()  # never started
+        self.thread = SimpleNamespace(stop=lambda: None)  # there is none
         self._model = model
 
     def open_session(
