@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from hivemind.proto import runtime_pb2
+from no_adapters import empty_registry
 
 from swarm.codecs import Codec
 from swarm.data_structures import MAX_OPENINGS, BlockSpan, OpeningAnswer, ServerInfo, ServerState
@@ -124,6 +125,7 @@ async def test_the_handler_keeps_the_line():
         step_timeout=1.0,
         pass_timeout=1.0,
         max_pass_tokens=64,
+        adapters=empty_registry(),
     )
 
     async def ask(peer, number):
