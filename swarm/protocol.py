@@ -12,7 +12,8 @@ A step works on *rows*: one row is one sequence of the session's batch. Rows are
 [tokens, hidden_size] and `RowSlice` says which tokens belong to which row, and from which position on.
 Steps are numbered by the client, upwards through the whole life of a session and over all its servers; a step that is
 tried again gets a new number, so a server can tell a late duplicate from news.
-Every row may have an adapter of its own, for as long as its session lives. Passes for training travel on streams of their own: see `passes.py`.
+Every row may have an adapter of its own, for as long as its session lives. Passes for training travel on streams of
+their own: see `passes.py`.
 """
 
 from __future__ import annotations
