@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -35,6 +37,8 @@ from .span import Span
 from .tasks import Piece, StepOutput, StepTask
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 #: While all steps wait for pages, look again once in this many seconds, lest a turn ends unnoticed.
 LOOK_AGAIN = 0.1
@@ -77,6 +81,7 @@ class Engine:
         self._threads = threads
         self._on_death = on_death
         self._tasks: deque[StepTask] = deque()
+        self._errands: deque[Callable[[], None]] = deque()
         self._settling = Settling()
         self._pages = PageQueue(cache, limits or EvictionLimits())
         self._look_again = 0.0
@@ -112,6 +117,17 @@ class Engine:
                 self._wake.notify()
         return task.future
 
+    def run_between(self, action: Callable[[], Result]) -> Future[Result]:
+        """Run something on the engine's thread, between two batches. The future has what it returns or raises."""
+        future: Future[Result] = Future()
+        with self._wake:
+            if self._stopping:
+                future.set_exception(EngineError("the server is stopping"))
+            else:
+                self._errands.append(partial(_resolve, future, action))
+                self._wake.notify()
+        return future
+
     def submit_pass(self, task: PassTask) -> Future[PassOutput]:
         """Queue a pass for training. The future fails with a SwarmError; cancelling it drops what has not run yet."""
         with self._wake:
@@ -141,7 +157,9 @@ class Engine:
             torch.set_num_threads(self._threads)
         try:
             while (tasks := self._wait_for_work()) is not None:
-                if not tasks:
+                if self._errands:
+                    self._errands.popleft()()
+                elif not tasks:
                     self._train()
                 elif ready := self._with_pages(tasks):
                     self.step(ready)
@@ -153,6 +171,8 @@ class Engine:
         finally:  # nobody shall wait for it in vain
             with self._wake:
                 self._stopping = True
+            for errand in self._errands:  # mostly of somebody who waits; they only tidy up now
+                errand()
             for task in self._tasks:
                 task.fail(EngineError("the server is stopping"))
             self._pass_runner.fail_all(EngineError("the server is stopping"))
@@ -163,6 +183,8 @@ class Engine:
             while True:
                 if self._stopping:
                     return None
+                if self._errands:
+                    return []
                 self._tasks = deque(task for task in self._tasks if not task.future.done())
                 wait = self._seconds_to_wait()
                 if wait is not None and wait <= 0.0:
@@ -340,3 +362,11 @@ class Engine:
                 timed.add(id(task))
                 task.queue_time = task.queue_time or started - task.created
                 task.compute_time += elapsed
+
+
+def _resolve(future: Future[Result], action: Callable[[], Result]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)

@@ -115,8 +115,12 @@ class KVCache:
     def _pages_left(self) -> int:
         return min(self.num_pages, int(self.overcommit * self.num_pages) - self._reserved_pages)
 
-    def admit(self, num_rows: int, max_length: int) -> list[RowCache]:
-        """Reserve `max_length` tokens for each row. Raises CacheFull with what is left."""
+    def admit(self, num_rows: int, max_length: int, *, lasting: bool = False) -> list[RowCache]:
+        """Reserve `max_length` tokens for each row. Raises CacheFull with what is left.
+
+        lasting: for no session, but for tokens that many of them read: `sessions` does not list it, so it is never
+        evicted.
+        """
         wanted = num_rows * self._pages_for(max_length)
         with self._lock:
             left = self._pages_left()
@@ -129,7 +133,8 @@ class KVCache:
                 )
             self._reserved_pages += wanted
             session = SessionCache(num_rows, max_length)
-            self._sessions[session] = None
+            if not lasting:
+                self._sessions[session] = None
         return list(session.rows)
 
     def release(self, rows: Iterable[RowCache]) -> None:

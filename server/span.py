@@ -12,11 +12,13 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from swarm.architectures import Architecture, span_config
 from swarm.data_structures import BlockSpan
 
 from .adapters.applied import AppliedAdapters
+from .adapters.base import BaseBlocks
 from .batch import FlatBatch, RowChunk, WholeRows
 from .decode_batch import DecodeBatch
 from .kv_cache import KVCache
@@ -49,6 +51,11 @@ class Span:
     def local(self, span: BlockSpan) -> tuple[int, int]:
         """A sub-span of the model's blocks as indices into this span's blocks."""
         return span.start - self.blocks.start, span.end - self.blocks.start
+
+    def base_blocks(self, config: PretrainedConfig, fingerprint: str) -> BaseBlocks:
+        """These blocks, for those who turn files of adapters into what runs here. config: the whole model's."""
+        blocks = getattr(self._model, self._architecture.blocks)
+        return BaseBlocks(blocks, self.blocks, self._architecture, config, fingerprint, self.device, self.dtype)
 
     @torch.inference_mode()
     def forward(self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .sites import ActiveBatch, Site, site_of
 from .tokens import Run, TokenMap
 
 if TYPE_CHECKING:
-    from ..kv_cache import RowCache
+    from ..kv_cache import KVCache, RowCache
 
 #: Adapters with more tokens than this in a batch get a product of their own. On a GPU launches cost more than padding.
 MOST_PADDED = {"cpu": 4, "cuda": 64}
@@ -29,12 +29,12 @@ _NUM_MAPS = 32
 class Adapter:
     """An adapter that is in the blocks. Compared by identity.
 
-    prefix_row: where its prefix lies in the KV cache, if it has one.
+    prefix_row: where its prefix lies in the KV cache, if it has one. All its rows read it there, and nobody writes.
     """
 
-    def __init__(self, forms: AdapterForms):
+    def __init__(self, forms: AdapterForms, prefix_row: RowCache | None = None):
         self.forms = forms
-        self.prefix_row: RowCache | None = None
+        self.prefix_row = prefix_row
 
     @property
     def prefix(self) -> KeyValuePrefix | None:
@@ -62,9 +62,17 @@ class AppliedAdapters:
         """Bytes that the pools take beside the adapters themselves."""
         return sum(site.nbytes for site in self._sites.values())
 
-    def add(self, forms: AdapterForms) -> Adapter:
-        """Put an adapter into the blocks; rows that name it get it from now on. Its forms must fit: importers check."""
-        adapter = Adapter(forms)
+    def add(self, forms: AdapterForms, cache: KVCache | None = None) -> Adapter:
+        """Put an adapter into the blocks; rows that name it get it from now on. Its forms must fit: importers check.
+
+        cache: for its prefix; not needed for passes of whole rows. Raises CacheFull if a prefix finds no pages there.
+        """
+        row = None
+        if forms.prefix is not None and cache is not None:
+            (row,) = cache.admit(1, forms.prefix.num_tokens, lasting=True)
+            cache.grow(row, forms.prefix.num_tokens)
+            cache.write(row, forms.prefix.keys, forms.prefix.values)
+        adapter = Adapter(forms, row)
         for index, block in enumerate(forms.blocks):
             for parts in (block.bottlenecks, block.linear, block.norms):
                 for path, form in parts.items():
@@ -76,8 +84,10 @@ class AppliedAdapters:
         self._adapters.add(adapter)
         return adapter
 
-    def remove(self, adapter: Adapter) -> None:
+    def remove(self, adapter: Adapter, cache: KVCache | None = None) -> None:
         """No row may have it any more."""
+        if adapter.prefix_row is not None and cache is not None:
+            cache.release([adapter.prefix_row])
         self._adapters.discard(adapter)
         for key in list(self._sites):
             if self._sites[key].forget(adapter) and self._sites[key].restore():

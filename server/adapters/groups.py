@@ -2,8 +2,8 @@
 
 A pool has a slot for every member that was in a batch lately. A member that joins is copied into a free slot, so a
 batch in which adapters come and go costs the newcomers' tensors alone. Ranks are rounded up to a power of two with
-zeros, so that adapters of different ranks share a product (PetS, Zhou et al., USENIX ATC'22, section 4.2, has one launch for all
-tasks of a kind; here kinds of the same form share it as well).
+zeros, so that adapters of different ranks share a product (PetS, Zhou et al., USENIX ATC'22, section 4.2, has one
+launch for all tasks of a kind; here kinds of the same form share it as well).
 """
 
 from __future__ import annotations
