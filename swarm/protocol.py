@@ -378,13 +378,3 @@ class BlockProtocol(ServicerBase):
         request.serialized_info: at most MAX_UPLOAD_BYTES of anything. The answer is a few digits, whatever was sent.
         """
         raise NotImplementedError
-
-
-def check_rows(adapters: RowAdapters | None, num_rows: int) -> None:
-    """Raises ProtocolError unless it says for each of so many rows which of its adapters that has."""
-    if adapters is None:
-        return
-    if len(adapters.rows) != num_rows:
-        raise ProtocolError(f"adapters for {len(adapters.rows)} rows, but there are {num_rows}")
-    if max(adapters.rows) >= len(adapters.adapters):
-        raise ProtocolError(f"a row has adapter {max(adapters.rows)} of a list of {len(adapters.adapters)}")
