@@ -152,7 +152,7 @@ BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[SwarmError], str]] = {
     "an adapter that it does not list": (
         {"adapters": RowAdapters((FRENCH,), (1,))},
         ProtocolError,
-        "adapter 1 of a list",
+        "a row has adapter 1, but 1 are named",
     ),
     "too much cache": ({"num_rows": 100}, CacheFull, "room for 4032 more tokens"),
 }
