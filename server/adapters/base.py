@@ -48,9 +48,7 @@ class BaseBlocks:
         """
         module = self.module(block, path)
         if "experts" in path.split("."):
-            raise AdapterError(
-                f"{path} of block {block} is an expert's: only some tokens pass it, in an order of its own"
-            )
+            raise AdapterError(f"{path} of block {block} is an expert's: only some tokens pass it, in an order of its own")
         if not is_linear(module):
             raise AdapterError(f"{path} of block {block} is a {type(module).__name__}, not a linear layer")
         return module

@@ -27,6 +27,7 @@ _ACTIVATIONS = {
 }
 #: Before this version a LoRA's scaling was not applied; the library corrects the configuration when it loads one.
 _SCALES_LORA = (1, 1)
+_LEAST_FACTOR = 1e-3
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=1, le=2**16)]
@@ -146,8 +147,8 @@ def reduction_factor(factors: float | Mapping[str, float], block: int, label: st
         if str(block) not in factors and "default" not in factors:
             raise AdapterError(f"{label} gives no reduction_factor for block {block} and no default")
         factors = factors.get(str(block), factors.get("default", 0.0))
-    if factors <= 0:
-        raise AdapterError(f"the reduction_factor of {label} must be positive, not {factors}")
+    if factors < _LEAST_FACTOR:
+        raise AdapterError(f"the reduction_factor of {label} must be {_LEAST_FACTOR} at least, not {factors}")
     return factors
 
 

@@ -109,6 +109,7 @@ def parse(model: type[Settings], values: Any, where: str) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "it"
+        field = field if field.isprintable() and len(field) <= 200 else repr(field[:60])
         raise AdapterError(f"{where} is not valid: {field}: {first['msg']}") from None
 
 
@@ -149,6 +150,8 @@ def _open_weights(path: Path) -> tuple[Any, dict[str, TensorInfo]]:
         handle = safe_open(path, framework="pt")
         tensors = {}
         for name in handle.keys():  # noqa: SIM118  # the library's handle is no mapping
+            if not name.isprintable():  # messages quote it
+                raise AdapterError(f"{path.name} has a tensor whose name is not printable: {name[:60]!r}")
             entry = handle.get_slice(name)
             tensors[name] = TensorInfo(str(entry.get_dtype()), tuple(entry.get_shape()))
     except (SafetensorError, OSError, ValueError) as error:

@@ -173,7 +173,7 @@ _Names = dict[tuple[int, str], dict[str, str]]
 def _sort_names(files: AdapterFiles, total: int) -> tuple[_Names, bool]:
     """{(block, module): {part: name}}, and whether there is a prefix."""
     modules: _Names = defaultdict(dict)
-    for name in files.tensors.keys() - _PREFIX:
+    for name in sorted(files.tensors.keys() - _PREFIX):
         match = _NAME.fullmatch(name)
         if match is None:
             raise AdapterError(f"{files.label} has a tensor whose name means nothing: {name}")

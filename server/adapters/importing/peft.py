@@ -13,7 +13,7 @@ from ..base import BaseBlocks, is_linear
 from ..forms import AdapterForms
 from .building import FormsBuilder
 from .files import AdapterFiles
-from .names import ends_with_one, full_path, place_of
+from .names import check_patterns, ends_with_one, full_path, place_of
 from .peft_kinds import (
     Module,
     import_adalora,
@@ -92,6 +92,8 @@ def open_peft(files: AdapterFiles) -> PeftAdapter:
         settings = read_settings(PrefixSettings, files.config, label)
     elif isinstance(peft_type, str) and peft_type in _KINDS:
         settings = read_settings(_KINDS[peft_type].settings, files.config, label)
+        if isinstance(settings, LoraSettings):
+            check_patterns({**(settings.rank_pattern or {}), **(settings.alpha_pattern or {})}, label)
     else:
         known = ", ".join(sorted([*_KINDS, _PREFIX_TUNING]))
         raise AdapterError(

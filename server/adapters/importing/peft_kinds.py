@@ -92,7 +92,7 @@ def _scale_but_not_bias(module: Module, scale: torch.Tensor) -> None:
 def _by_pattern(pattern: Mapping[str, Number] | None, module: Module, otherwise: Number) -> Number:
     """The first that matches, as in peft."""
     for key, value in (pattern or {}).items():
-        if matches(key, module.full_path, module.files.label):
+        if matches(key, module.full_path):
             return value
     return otherwise
 

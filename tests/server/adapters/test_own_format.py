@@ -63,7 +63,7 @@ def everything() -> AdapterForms:
         behind_mlp = Bottleneck(torch.randn(4, 64), torch.randn(64, 4), torch.randn(4), torch.randn(64), "gelu")
         behind_block = Bottleneck(torch.randn(2, 64), torch.randn(64, 2), activation="tanh")
         norms = {"input_layernorm": NormForm(weight=torch.randn(64))}
-        return BlockForms({"self_attn.q_proj": linear}, {"mlp": behind_mlp, "": behind_block}, norms)
+        return BlockForms({"self_attn.q_proj": linear}, {"": behind_block, "mlp": behind_mlp}, norms)
 
     prefix = KeyValuePrefix(torch.randn(8, 2, 5, 16), torch.randn(8, 2, 5, 16))
     return AdapterForms([block(number) for number in range(8)], prefix)
@@ -78,7 +78,7 @@ def test_all_of_the_normal_form_comes_back(tiny_model: Any, tmp_path: Path) -> N
     pairs = list(zip(tensors_of(forms), tensors_of(again), strict=True))
     assert len(pairs) == 8 * (7 + 4 + 2 + 1) + 2
     assert all(torch.equal(old, new) and old.dtype == new.dtype for old, new in pairs)
-    assert [b.activation for b in again.blocks[0].bottlenecks.values()] == ["gelu", "tanh"]
+    assert [b.activation for b in again.blocks[0].bottlenecks.values()] == ["tanh", "gelu"]
 
 
 def test_a_span_gets_its_blocks(tiny_model: Any, tmp_path: Path) -> None:
