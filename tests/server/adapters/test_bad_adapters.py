@@ -556,6 +556,22 @@ def test_tensors_of_the_own_format(refused: Callable[..., None], name: str, tens
 
 
 @pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("mlp.up_proj", "has a bottleneck for 64 values behind mlp.up_proj of block 0, which gives 128"),
+        ("mlp.act_fn", "may stand behind the block, a child of it or a linear layer"),
+        ("mlp.experts", "has no module 'mlp.experts'"),
+    ],
+)
+def test_a_bottleneck_where_no_hidden_states_are(refused: Callable[..., None], path: str, words: str) -> None:
+    tensors = {
+        f"blocks.0.{path}.bottleneck.down": torch.ones(2, 64),
+        f"blocks.0.{path}.bottleneck.up": torch.ones(64, 2),
+    }
+    refused(OWN, OWN_CONFIG | {"bottlenecks": {path: "relu"}}, tensors, words)
+
+
+@pytest.mark.parametrize(
     ("shape", "words"),
     [
         ((8, 4, 3, 16), "has 4 heads of 16, but this model's keys have 2 of 16"),
