@@ -55,6 +55,8 @@ class FormsBuilder:
     ) -> None:
         """Behind the block ("") or a module whose outputs are hidden states: a child of the block or a linear layer."""
         hidden_size = len(up)
+        if not len(down):
+            raise AdapterError(f"{self._label} has a bottleneck of rank 0 behind {path!r} of block {block}")
         module = self._base.module(block, path)
         if is_linear(module):
             outputs = self._base.linear(block, path).out_features
@@ -120,7 +122,7 @@ class FormsBuilder:
             None if parts.scale_out is None else self._own(parts.scale_out),
             None if bias is None else self._own(bias),
             low_rank,
-            None if parts.sparse is None else self._own_sparse(parts.sparse),
+            None if parts.sparse is None or not len(parts.sparse.values) else self._own_sparse(parts.sparse),
         )
 
     def _bias_out(self, block: int, path: str, parts: LinearParts) -> torch.Tensor | None:
