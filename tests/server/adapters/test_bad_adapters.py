@@ -199,6 +199,7 @@ def test_an_initialisation_that_changed_the_base(tmp_path: Path, init: str) -> N
         ("lora_alpha", 1e999),
         ("lora_alpha", 10**400),
         ("bias", "some"),
+        ("target_modules", ["q"] * 5000),
     ],
 )
 def test_a_field_of_no_sense(tmp_path: Path, field: str, value: object) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from dense_adapters import plain_base
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2Config
 
 from swarm.architectures import TESTED
-from swarm.server.adapters.importing import read_manifest
+from swarm.errors import AdapterError
+from swarm.server.adapters.importing import import_adapter, read_manifest
 
 peft = pytest.importorskip("peft")
 
@@ -108,6 +110,16 @@ def test_families(model_type: str, save_peft: Save, check: Check) -> None:
     forms = check(folder, model, expected)
     assert forms.blocks[5].linear.keys() == set(linear)
     assert forms.blocks[5].norms.keys() == set(norms)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_lora_without_the_biases_that_it_says_it_has(model_with_biases: Any, save_peft: Save, bias: str) -> None:
+    folder, _ = save_peft(model_with_biases, peft.LoraConfig(target_modules=["q_proj"], bias=bias))
+    weights = folder / "adapter_model.safetensors"
+    lacking = "layers.2.self_attn.q_proj.base_layer.bias"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if not name.endswith(lacking)}, weights)
+    with pytest.raises(AdapterError, match=r"lacks the bias of self_attn\.q_proj in block 2"):
+        import_adapter(folder, plain_base(model_with_biases))
 
 
 def test_lora_in_half_precision_is_read(
