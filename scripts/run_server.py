@@ -79,6 +79,22 @@ def run_server(
     max_pass_tokens: Annotated[
         int, typer.Option(min=1024, help="Tokens in one forward or backward pass for training; more are refused.")
     ] = 4096,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Adapters to serve: FOLDER, NAME=FOLDER, a folder of adapters (looked through again and again), or "
+            "hub ids. May be repeated.",
+            metavar="SOURCE",
+            show_default=False,
+        ),
+    ] = None,
+    adapters_from_hub: Annotated[
+        bool, typer.Option("--adapters-from-hub", help="Load an adapter from the hub when somebody asks for it.")
+    ] = False,
+    adapter_memory: Annotated[
+        str, typer.Option(help="For adapters; those that nobody uses make room.", metavar="SIZE")
+    ] = "1GiB",
+    max_adapter_size: Annotated[str, typer.Option(help="Of one adapter's weights.", metavar="SIZE")] = "512MiB",
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -145,6 +161,10 @@ def run_server(
             cache_overcommit=cache_overcommit,
             max_stall=max_stall,
             max_pass_tokens=max_pass_tokens,
+            adapters=tuple(adapters or ()),
+            adapters_from_hub=adapters_from_hub,
+            adapter_memory=adapter_memory,  # type: ignore[arg-type]  # parsed there
+            max_adapter_size=max_adapter_size,  # type: ignore[arg-type]
             host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
             announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
             identity_path=identity_path,

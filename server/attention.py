@@ -49,7 +49,7 @@ def paged_attention(
     """
     variant = Variant(scaling, sliding_window, softcap, s_aux, like_plain)
     if isinstance(flat_batch, WholeRows):
-        return _attend_whole(flat_batch, query, key, value, variant), None
+        return _attend_whole(flat_batch, module.layer_idx, query, key, value, variant), None  # type: ignore[arg-type]
     keys, values = flat_batch.cache.storage(module.layer_idx, key, value)  # type: ignore[arg-type]
     keys.index_copy_(2, flat_batch.slots, key[:, :, : flat_batch.num_tokens])
     values.index_copy_(2, flat_batch.slots, value[:, :, : flat_batch.num_tokens])
@@ -80,18 +80,26 @@ class Variant(NamedTuple):
 
 
 def _attend_whole(
-    batch: WholeRows, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, variant: Variant
+    batch: WholeRows, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, variant: Variant
 ) -> torch.Tensor:
-    """Every row to itself alone; neighbours of the same length in one call. Returns [1, tokens, heads, head_dim]."""
+    """Every row to itself and what stands in front of it; neighbours that are alike in one call. Returns [1, tokens,
+    heads, head_dim]."""
     outputs = []
-    for first, rows, length in batch.groups:
+    for first, rows, length, prefix in batch.groups:
         q, k, v = (
             # [1, heads, rows * length, head_dim] -> [rows, heads, length, head_dim]
             tensor[0, :, first : first + rows * length].unflatten(1, (rows, length)).transpose(0, 1)
             for tensor in (query, key, value)
         )
-        windowed = variant.window is not None and length > variant.window
-        mask = batch.mask(length, variant.window, query) if windowed or variant.is_explicit else None
+        if prefix is not None:
+            k, v = (
+                torch.cat([kept[layer].to(own).expand(rows, -1, -1, -1), own], dim=2)
+                for kept, own in ((prefix.keys, k), (prefix.values, v))
+            )
+        context = k.shape[2]
+        windowed = variant.window is not None and context > variant.window
+        masked = windowed or variant.is_explicit or prefix is not None
+        mask = batch.mask(length, context, variant.window, query) if masked else None
         if variant.is_explicit:
             assert mask is not None
             output = _attend_explicitly(q, k, v, mask, variant)

@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .kv_cache import KVCache, RowCache
+
+if TYPE_CHECKING:
+    from .adapters.applied import Adapter
+    from .adapters.forms import KeyValuePrefix
+    from .adapters.tokens import Run
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,11 @@ class RowChunk:
     num_tokens: int
     start: int
     end: int
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Of the row's adapter: they stand in front of its own tokens, in pages that all its rows read."""
+        return 0 if self.cache.adapter is None else self.cache.adapter.prefix_tokens
 
     @property
     def prompts(self) -> torch.Tensor | None:
@@ -40,7 +51,7 @@ class RowView:
 
     first: int  # of its tokens in the flattened batch
     num_tokens: int
-    length: int  # of its context, the new tokens included
+    length: int  # of its context, the new tokens and an adapter's prefix included
     slots: int | torch.Tensor  # of the context: the first if they lie side by side, else all, int64 [length]
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -80,28 +91,46 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None, like: torch
     return mask.masked_fill_(hidden, float("-inf"))
 
 
+class AlikeRows(NamedTuple):
+    """Neighbours in a pass that are attended to together. first: of their tokens. prefix: in front of each of them."""
+
+    first: int
+    rows: int
+    length: int
+    prefix: KeyValuePrefix | None
+
+
 class WholeRows:
     """Whole sequences side by side, for passes that keep nothing: no cache, and every token sees those before it."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device):
+    def __init__(self, lengths: Sequence[int], device: torch.device, adapters: Sequence[Adapter | None] | None = None):
+        """adapters: one entry for each sequence; None: nobody has one."""
         self.lengths = lengths
-        #: Neighbours of the same length are attended to together: (first token, rows, tokens of each).
-        self.groups: list[tuple[int, int, int]] = []
+        own = [None] * len(lengths) if adapters is None else adapters
+        self.adapter_runs: list[Run] = list(zip(own, lengths, strict=True))
+        prefixes = [None if adapter is None else adapter.prefix for adapter in own]
+        self.groups: list[AlikeRows] = []
         first = 0
-        for length, rows in groupby(lengths):
-            count = len(list(rows))
-            self.groups.append((first, count, length))
-            first += count * length
-        #: int64 [1, tokens]
-        self.position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        for (length, _), group in groupby(zip(lengths, prefixes, strict=True), key=lambda row: (row[0], id(row[1]))):
+            alike = list(group)
+            self.groups.append(AlikeRows(first, len(alike), length, alike[0][1]))
+            first += len(alike) * length
+        self._own_positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        skipped = [0 if prefix is None else prefix.num_tokens for prefix in prefixes]
+        #: int64 [1, tokens]; behind a prefix they go on from it
+        self.position_ids = self._own_positions[None]
+        if any(skipped):
+            self.position_ids = self.position_ids + torch.tensor(skipped).repeat_interleave(torch.tensor(lengths)).to(
+                device
+            )
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
         self._prompted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def mask(self, length: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """[length, length], like's dtype and device: 0 where a token sees another, else -inf."""
-        if (length, window) not in self._masks:
-            self._masks[length, window] = causal_mask(length, length, window, like)
-        return self._masks[length, window]
+    def mask(self, length: int, context: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """[length, context], like's dtype and device: 0 where a token sees another, else -inf."""
+        if (length, context, window) not in self._masks:
+            self._masks[length, context, window] = causal_mask(length, context, window, like)
+        return self._masks[length, context, window]
 
     def add_prompts(self, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
         """Deep prompts, [prompt tokens, hidden_size], added to the first tokens of every row (of shorter ones, to all).
@@ -116,7 +145,7 @@ class WholeRows:
     def _where_prompted(self, num_prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens have prompts, and which prompt each of them has."""
         if num_prompts not in self._prompted:
-            sources = self.position_ids[0]
+            sources = self._own_positions
             tokens = (sources < num_prompts).nonzero().squeeze(1)
             self._prompted[num_prompts] = tokens, sources[tokens]
         return self._prompted[num_prompts]
@@ -129,16 +158,23 @@ class FlatBatch:
         """padded_size: a smaller batch is padded up to so many tokens; those beyond its own belong to no row."""
         self.cache = cache
         self.rows: list[RowView] = []
+        self.adapter_runs: list[Run] = [(chunk.cache.adapter, chunk.num_tokens) for chunk in chunks]
         positions, slots = [], []
         first = 0
         for chunk in chunks:
             length = chunk.position + chunk.num_tokens
-            row = chunk.cache
-            where = (
-                row.pages[0] * cache.page_size if cache.is_contiguous(row) else cache.slots(row, 0, length).to(device)
-            )
-            self.rows.append(RowView(first, chunk.num_tokens, length, where))
-            positions.append(torch.arange(chunk.position, length, dtype=torch.int64))
+            row, skipped = chunk.cache, chunk.prefix_tokens
+            where: int | torch.Tensor
+            if skipped:
+                assert row.adapter is not None and row.adapter.prefix_row is not None
+                prefix = cache.slots(row.adapter.prefix_row, 0, skipped)
+                where = torch.cat([prefix, cache.slots(row, 0, length)]).to(device)
+            elif cache.is_contiguous(row):
+                where = row.pages[0] * cache.page_size
+            else:
+                where = cache.slots(row, 0, length).to(device)
+            self.rows.append(RowView(first, chunk.num_tokens, skipped + length, where))
+            positions.append(torch.arange(skipped + chunk.position, skipped + length, dtype=torch.int64))
             slots.append(cache.slots(row, chunk.position, length))
             first += chunk.num_tokens
         #: without padding
@@ -146,6 +182,7 @@ class FlatBatch:
         self.padding = max(0, padded_size - first)
         if self.padding:
             positions.append(positions[-1][-1:].expand(self.padding))
+            self.adapter_runs.append((None, self.padding))
         #: int64 [1, tokens], padding included
         self.position_ids = torch.cat(positions)[None].to(device)
         #: where the new tokens are stored: int64 [num_tokens]

@@ -117,6 +117,22 @@ class ServerConfig(BaseModel):
     """While a prompt is prefilled, the gaps between other sessions' tokens grow to about this many times the usual:
     prompts run in chunks of the size that allows it. 0: no limit, so always up to `max_batch_tokens` at once."""
 
+    adapters: tuple[str, ...] = ()
+    """Adapters to serve: FOLDER, NAME=FOLDER, a folder of such folders (looked through again and again), or hub ids."""
+
+    adapters_from_hub: bool = False
+    """Load an adapter from the hub when somebody asks for it."""
+
+    adapter_memory: MemorySize = ByteSize(2**30)
+    """Bytes of the device's memory for adapters, as a number or "1GB"; those that nobody uses make room for others.
+    While they are in a batch, their tensors lie in memory twice."""
+
+    max_adapter_size: MemorySize = ByteSize(2**29)
+    """Bytes of one adapter's weights, as a file; larger ones are refused."""
+
+    adapter_scan_period: Seconds = 10.0
+    """Look through folders of adapters once in this many seconds."""
+
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     """Multiaddresses to listen on."""
 

@@ -9,11 +9,15 @@ once replays over any other contents (scripts/check_device.py does).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from .batch import RowChunk
 from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from .adapters.tokens import Run
 
 #: A padded batch may hold so many times the pages of its rows.
 MAX_PADDING = 4
@@ -27,12 +31,16 @@ class DecodeBatch:
         self.num_tokens = num_rows
         self._page_table = torch.full((num_rows, num_pages), cache.scratch_page, dtype=torch.int64, device=device)
         self._positions = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.adapter_runs: Sequence[Run] = [(None, num_rows)]
 
     @staticmethod
     def suits(chunks: Sequence[RowChunk]) -> bool:
-        """Whether all rows decode, and are not so different in length that padding them would be most of the work."""
+        """Whether all rows decode, none of them behind a prefix, and are not so different in length that padding them
+        would be most of the work."""
+        if any(chunk.num_tokens != 1 or chunk.prefix_tokens for chunk in chunks):
+            return False
         pages = [len(chunk.cache.pages) for chunk in chunks]
-        return all(chunk.num_tokens == 1 for chunk in chunks) and len(pages) * max(pages) <= MAX_PADDING * sum(pages)
+        return len(pages) * max(pages) <= MAX_PADDING * sum(pages)
 
     @classmethod
     def of(cls, chunks: Sequence[RowChunk], cache: KVCache, device: torch.device) -> DecodeBatch:
@@ -44,6 +52,8 @@ class DecodeBatch:
 
     def fill(self, chunks: Sequence[RowChunk]) -> None:
         """Take these rows, one new token each; their pages are grown already. Call `locate` before the forward pass."""
+        idle = self.num_tokens - len(chunks)
+        self.adapter_runs = [(chunk.cache.adapter, 1) for chunk in chunks] + [(None, 1)] * idle
         page_table = torch.full_like(self._page_table, self.cache.scratch_page, device="cpu")
         positions = torch.zeros_like(self._positions, device="cpu")
         for index, chunk in enumerate(chunks):

@@ -7,18 +7,22 @@ al., OSDI'22). The engine knows nothing about peers, streams or messages.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from swarm.errors import EngineError, ProtocolError, SwarmError
 from swarm.tensors import all_finite
 
+from .adapters.scheduling import Costs, Query, Unmeasured, choose
 from .batch import RowChunk
 from .config import DEFAULT_MAX_STALL
 from .eviction import EvictionLimits
@@ -35,6 +39,8 @@ from .span import Span
 from .tasks import Piece, StepOutput, StepTask
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 #: While all steps wait for pages, look again once in this many seconds, lest a turn ends unnoticed.
 LOOK_AGAIN = 0.1
@@ -62,8 +68,10 @@ class Engine:
         on_death: Callable[[], object] = lambda: None,
         limits: EvictionLimits | None = None,
         max_stall: float = DEFAULT_MAX_STALL,
+        adapter_costs: Costs | None = None,
     ):
-        """max_stall: see `ServerConfig`. limits: of an overcommitted cache.
+        """max_stall: see `ServerConfig`. limits: of an overcommitted cache. adapter_costs: what batches with adapters
+        take here; without it, the order of prompts follows their deadlines and lengths alone.
 
         on_death: called on the engine's thread when that ends though nobody stopped it, which is a bug of ours.
         """
@@ -76,7 +84,9 @@ class Engine:
         self._running_rows = 0
         self._threads = threads
         self._on_death = on_death
+        self._adapter_costs = adapter_costs or Unmeasured()
         self._tasks: deque[StepTask] = deque()
+        self._errands: deque[Callable[[], None]] = deque()
         self._settling = Settling()
         self._pages = PageQueue(cache, limits or EvictionLimits())
         self._look_again = 0.0
@@ -112,6 +122,17 @@ class Engine:
                 self._wake.notify()
         return task.future
 
+    def run_between(self, action: Callable[[], Result]) -> Future[Result]:
+        """Run something on the engine's thread, between two batches. The future has what it returns or raises."""
+        future: Future[Result] = Future()
+        with self._wake:
+            if self._stopping:
+                future.set_exception(EngineError("the server is stopping"))
+            else:
+                self._errands.append(partial(_resolve, future, action))
+                self._wake.notify()
+        return future
+
     def submit_pass(self, task: PassTask) -> Future[PassOutput]:
         """Queue a pass for training. The future fails with a SwarmError; cancelling it drops what has not run yet."""
         with self._wake:
@@ -141,7 +162,9 @@ class Engine:
             torch.set_num_threads(self._threads)
         try:
             while (tasks := self._wait_for_work()) is not None:
-                if not tasks:
+                if self._errands:
+                    self._errands.popleft()()
+                elif not tasks:
                     self._train()
                 elif ready := self._with_pages(tasks):
                     self.step(ready)
@@ -153,6 +176,8 @@ class Engine:
         finally:  # nobody shall wait for it in vain
             with self._wake:
                 self._stopping = True
+            for errand in self._errands:  # mostly of somebody who waits; they only tidy up now
+                errand()
             for task in self._tasks:
                 task.fail(EngineError("the server is stopping"))
             self._pass_runner.fail_all(EngineError("the server is stopping"))
@@ -163,6 +188,8 @@ class Engine:
             while True:
                 if self._stopping:
                     return None
+                if self._errands:
+                    return []
                 self._tasks = deque(task for task in self._tasks if not task.future.done())
                 wait = self._seconds_to_wait()
                 if wait is not None and wait <= 0.0:
@@ -265,7 +292,8 @@ class Engine:
             for index, row in enumerate(task.rows):
                 if task.progress[index] < row.num_tokens:
                     candidates.append((task, index, first + task.progress[index]))
-                    waiting.append(Waiting(row.num_tokens - task.progress[index], task.kind(row)))
+                    left = row.num_tokens - task.progress[index]
+                    waiting.append(Waiting(left, task.kind(row), math.inf if task.deadline is None else task.deadline))
                 first += row.num_tokens
         pieces = []
         for (task, index, first), num_tokens in zip(candidates, self._share_batch(candidates, waiting), strict=True):
@@ -285,7 +313,32 @@ class Engine:
             self._pace.forget(lambda row: row.released)
             if len(decoding) < len(waiting):
                 bulk_tokens = self._pace.bulk_tokens(decoding, self.max_batch_tokens, time.monotonic())
-        return next_batch(waiting, self.max_batch_tokens, bulk_tokens)
+        chosen = self._choose_prompts(candidates, waiting, min(bulk_tokens, self.max_batch_tokens - len(decoding)))
+        return next_batch(waiting, self.max_batch_tokens, bulk_tokens, chosen)
+
+    def _choose_prompts(
+        self, candidates: list[tuple[StepTask, int, int]], waiting: list[Waiting], max_tokens: int
+    ) -> list[int] | None:
+        """Which prompts go next where that matters for adapters or deadlines; None where it does not."""
+        rows = [task.rows[index].cache for task, index, _ in candidates]
+        prompts = [number for number, entry in enumerate(waiting) if entry.kind is not Kind.DECODE]
+        if len(prompts) < 2 or not any(
+            rows[number].adapter is not None or candidates[number][0].deadline is not None for number in prompts
+        ):
+            return None
+        queries = [
+            Query(entry.num_tokens, row.adapter, task.deadline, task.created)
+            for (task, _, _), entry, row in zip(candidates, waiting, rows, strict=True)
+        ]
+        chosen = choose(
+            [queries[number] for number in prompts],
+            self._adapter_costs,
+            max(1, max_tokens),
+            time.monotonic(),
+            present=[query for query, entry in zip(queries, waiting, strict=True) if entry.kind is Kind.DECODE],
+            divisible=True,
+        )
+        return [prompts[number] for number in chosen]
 
     def _make_room(self, task: StepTask, index: int, num_tokens: int) -> RowChunk | None:
         """Cache pages for the next tokens of a row, held for this batch. None if its session ended or gets too long."""
@@ -340,3 +393,11 @@ class Engine:
                 timed.add(id(task))
                 task.queue_time = task.queue_time or started - task.created
                 task.compute_time += elapsed
+
+
+def _resolve(future: Future[Result], action: Callable[[], Result]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)

@@ -16,7 +16,6 @@ from swarm.data_structures import BlockSpan, ServerInfo
 from swarm.errors import (
     BadSpan,
     MessageTooLarge,
-    NotSupported,
     PeerRefused,
     PeerUnreachable,
     ProtocolError,
@@ -36,6 +35,7 @@ from swarm.protocol import (
 )
 from swarm.rpc import FrameStream
 
+from .adapters.registry import AdapterRegistry, Lease
 from .engine import Engine
 from .openings import Openings
 from .pass_stream import STREAM_PATIENCE, serve_pass
@@ -68,8 +68,10 @@ class Handler:
         step_timeout: float,
         pass_timeout: float,
         max_pass_tokens: int,
+        adapters: AdapterRegistry,
     ):
         self.engine = engine
+        self.adapters = adapters
         self.sessions = sessions
         self._fingerprint = fingerprint
         self._info = info
@@ -121,9 +123,12 @@ class Handler:
         """The tasks that serve sessions and passes at this moment."""
         return {stream.task for stream in self._streams} | self._passes
 
-    def open_session(self, request: OpenSession, peer_id: str) -> Session:
+    def open_session(self, request: OpenSession, peer_id: str, adapters: Lease) -> Session:
+        """adapters: of its rows; the caller releases them when the session has ended."""
         self.check_request(request)
         session = self.sessions.open(request, peer_id)
+        for row, adapter in zip(session.rows, adapters.rows, strict=True):
+            row.adapter = adapter
         self._openings.opened(peer_id)
         return session
 
@@ -138,8 +143,6 @@ class Handler:
         blocks: BlockSpan = self.engine.span.blocks
         if not blocks.covers(request.span):
             raise BadSpan(f"this server holds blocks {blocks}, not all of the requested {request.span}")
-        if any(adapter is not None for adapter in request.adapters):
-            raise NotSupported("this server holds no adapters")
 
     async def _serve_pass(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream, peer_id = FrameStream(reader, writer), str(info.peer_id)

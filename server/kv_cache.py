@@ -14,11 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from swarm.errors import CacheFull, SessionTooLong, UsageError
+
+if TYPE_CHECKING:
+    from .adapters.applied import Adapter
 
 
 class RowCache:
@@ -26,9 +30,10 @@ class RowCache:
 
     stamps: for each cached token a number that was given once. Where two rows of a session carry equal stamps, one is
     a copy of the other up to there. int64 [max_length]; empty for a session of one row, which needs none.
+    adapter: what its tokens get beside the base model, see `adapters`.
     """
 
-    __slots__ = ("held", "length", "max_length", "pages", "released", "session", "stamps")
+    __slots__ = ("adapter", "held", "length", "max_length", "pages", "released", "session", "stamps")
 
     def __init__(self, session: SessionCache, max_length: int, num_stamps: int):
         self.session = session
@@ -38,6 +43,7 @@ class RowCache:
         self.pages: list[int] = []
         self.released = False
         self.held = False
+        self.adapter: Adapter | None = None
 
 
 class SessionCache:
@@ -109,8 +115,12 @@ class KVCache:
     def _pages_left(self) -> int:
         return min(self.num_pages, int(self.overcommit * self.num_pages) - self._reserved_pages)
 
-    def admit(self, num_rows: int, max_length: int) -> list[RowCache]:
-        """Reserve `max_length` tokens for each row. Raises CacheFull with what is left."""
+    def admit(self, num_rows: int, max_length: int, *, lasting: bool = False) -> list[RowCache]:
+        """Reserve `max_length` tokens for each row. Raises CacheFull with what is left.
+
+        lasting: for no session, but for tokens that many of them read: `sessions` does not list it, so it is never
+        evicted.
+        """
         wanted = num_rows * self._pages_for(max_length)
         with self._lock:
             left = self._pages_left()
@@ -123,7 +133,8 @@ class KVCache:
                 )
             self._reserved_pages += wanted
             session = SessionCache(num_rows, max_length)
-            self._sessions[session] = None
+            if not lasting:
+                self._sessions[session] = None
         return list(session.rows)
 
     def release(self, rows: Iterable[RowCache]) -> None:
@@ -288,6 +299,16 @@ class KVCache:
                 ) from error
             self._keys[layer], self._values[layer] = keys, values
         return keys, values
+
+    @torch.inference_mode()  # as the forward passes that write them
+    def write(self, row: RowCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill a row from its start: [layers, kv_heads, tokens, head_dim] each. For the engine's thread."""
+        num_tokens = keys.shape[2]
+        slots = self.slots(row, 0, num_tokens).to(self._device)
+        for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+            for stored, new in zip(self.storage(layer, key[None], value[None]), (key, value), strict=True):
+                stored.index_copy_(2, slots, new[None].to(self._device, self._dtype))
+        self.written(row, 0, num_tokens)
 
     @torch.inference_mode()  # as the forward passes that write them
     def copy_slots(self, sources: torch.Tensor, targets: torch.Tensor) -> None:

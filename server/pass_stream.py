@@ -10,13 +10,14 @@ import torch
 
 from swarm.errors import EngineError, MessageTooLarge, PeerUnreachable, ProtocolError
 from swarm.passes import PassRequest, PassResult, TensorPart, parts_of, tensor_bytes
-from swarm.protocol import MAX_PROMPT_TOKENS, TensorMeta
+from swarm.protocol import MAX_PROMPT_TOKENS, TensorMeta, check_rows
 from swarm.rpc import FrameStream
 from swarm.tensors import DTYPES, all_finite, decode, encode
 
 from .passes import PassOutput, PassTask
 
 if TYPE_CHECKING:
+    from .adapters.registry import Lease
     from .handler import Handler
 
 #: Seconds within which a stream must say what for, and after that for every part of a tensor to arrive or be read.
@@ -29,9 +30,10 @@ async def serve_pass(handler: Handler, stream: FrameStream, peer_id: str) -> Non
     _check(request, handler)
     await handler.quotas.request(peer_id)
     size = sum(tensor_bytes(meta) for meta in request.tensors)
-    with await handler.quotas.bytes(peer_id, size):
+    adapters = await handler.adapters.lease(request.adapters, len(request.lengths))
+    with adapters, await handler.quotas.bytes(peer_id, size):
         tensors = [await _read_tensor(stream, meta, handler, peer_id) for meta in request.tensors]
-        task = _task(request, tensors, handler, peer_id)
+        task = _task(request, tensors, handler, peer_id, adapters)
         del tensors
         output = await _run(handler, task, stream)
         del task
@@ -68,8 +70,7 @@ def _check(request: PassRequest, handler: Handler) -> None:
         raise ProtocolError(
             f"a gradient of shape {list(request.gradient.shape)} for an output of shape {list(request.hidden.shape)}"
         )
-    if request.adapters and len(request.adapters) != len(request.lengths):
-        raise ProtocolError(f"{len(request.adapters)} adapters for {len(request.lengths)} sequences")
+    check_rows(request.adapters, len(request.lengths))
     if request.prompts is not None:
         rows, width = request.prompts.shape
         num_prompts, rest = divmod(rows, len(request.span))
@@ -102,7 +103,9 @@ async def _read_tensor(stream: FrameStream, meta: TensorMeta, handler: Handler, 
     return tensor
 
 
-def _task(request: PassRequest, tensors: list[torch.Tensor], handler: Handler, peer_id: str) -> PassTask:
+def _task(
+    request: PassRequest, tensors: list[torch.Tensor], handler: Handler, peer_id: str, adapters: Lease
+) -> PassTask:
     span = handler.engine.span
     hidden, *others = tensors
     prompts = None if request.prompts is None else others.pop(0).view(len(request.span), -1, span.hidden_size)
@@ -115,6 +118,7 @@ def _task(request: PassRequest, tensors: list[torch.Tensor], handler: Handler, p
         *span.local(request.span),
         prompts=None if prompts is None else prompts.to(output_dtype),
         gradient=gradient,
+        adapters=None if request.adapters is None else adapters.rows,
     )
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from .batch import WholeRows
 from .recovery import is_out_of_memory
 from .span import Span
 from .tasks import settle
+
+if TYPE_CHECKING:
+    from .adapters.applied import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ class PassTask:
     """Sequences of `lengths` tokens, side by side in `hidden`, through local blocks [start, end).
 
     owner: the peer it is for. prompts: [blocks, prompt tokens, hidden_size], deep prompts.
+    adapters: one entry for each sequence; None: no sequence has one.
     gradient: of the output; with it, the pass is a backward one.
     """
 
@@ -54,6 +59,7 @@ class PassTask:
     end: int
     prompts: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
+    adapters: Sequence[Adapter | None] | None = None
     future: Future[PassOutput] = field(default_factory=Future)
     created: float = field(default_factory=time.monotonic)
 
@@ -105,13 +111,16 @@ class RunningPass:
 
     def _all_pieces(self) -> Generator[None]:
         """Yields between pieces."""
-        first = 0
+        first = done = 0
         for lengths in self._groups:
             rows = slice(first, first + sum(lengths))
             self.piece_tokens = sum(lengths)
             if first:
                 yield
-            batch = WholeRows(lengths, self._span.device)
+            adapters = self.task.adapters
+            own = None if adapters is None else adapters[done : done + len(lengths)]
+            batch = WholeRows(lengths, self._span.device, own)
+            done += len(lengths)
             if self.task.gradient is None:
                 yield from self._forward(batch, rows)
             else:

@@ -18,6 +18,10 @@ from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
 from swarm.routing.placement import choose_span
 
+from .adapters.costs import profile
+from .adapters.fetching import fetch_adapter
+from .adapters.registry import AdapterRegistry
+from .adapters.sources import Source, keep_looking, register_all
 from .announcer import Announcer
 from .config import Quantization, ServerConfig
 from .engine import Engine, Load
@@ -55,7 +59,8 @@ class Server:
         self._announcer: Announcer | None = None
         self._handler: Handler | None = None
         self._load_average = LoadAverage(lambda: self._present_load)
-        self._looking: asyncio.Task[None] | None = None
+        self._looking: list[asyncio.Task[None]] = []
+        self._adapters: AdapterRegistry | None = None
         self._relayed = False
 
     async def start(self) -> str:
@@ -114,6 +119,10 @@ class Server:
 
         self._report(f"loading blocks {self.span} of {checkpoint.name}")
         span, self._speed = await asyncio.to_thread(self._load, checkpoint, dtype, quantization, device)
+        costs = None
+        if config.adapters or config.adapters_from_hub:
+            self._report("measuring what adapters cost")
+            costs = await asyncio.to_thread(profile, span, config.max_batch_tokens)
         loop = asyncio.get_running_loop()
         self._engine = Engine(
             span,
@@ -125,8 +134,14 @@ class Server:
                 config.idle_protection, config.turn_time, config.replay_share, config.page_wait_limit
             ),
             max_stall=config.max_stall,
+            adapter_costs=costs,
         )
+        self._adapters = self._make_registry(span, checkpoint)
         self._engine.start()
+        sources = [Source.parse(text) for text in config.adapters]
+        if sources:
+            self._report(f"loading adapters from {', '.join(config.adapters)}")
+        await register_all(self._adapters, sources)
         sessions = SessionTable(self._cache, on_change=self._announcer.touch)
         self._handler = Handler(
             self._engine,
@@ -138,13 +153,31 @@ class Server:
             step_timeout=config.step_timeout,
             pass_timeout=config.pass_timeout,
             max_pass_tokens=config.max_pass_tokens,
+            adapters=self._adapters,
         )
         await self._handler.register(self.node.p2p)
-        self._looking = asyncio.create_task(self._load_average.keep_looking())
+        self._looking = [
+            asyncio.create_task(self._load_average.keep_looking()),
+            asyncio.create_task(keep_looking(self._adapters, sources, config.adapter_scan_period)),
+        ]
         self._relayed = only_relayed(await self.node.addresses())
         self._state = ServerState.ONLINE
         await self._announcer.start()
         return await self.node.ready_address()
+
+    def _make_registry(self, span: Span, checkpoint: Checkpoint) -> AdapterRegistry:
+        config = self.config
+        assert self._engine is not None and self._announcer is not None
+        return AdapterRegistry(
+            span.base_blocks(checkpoint.config, self.model.fingerprint),
+            span.adapters,
+            self._cache,
+            self._engine,
+            max_bytes=config.adapter_memory,
+            max_adapter_bytes=config.max_adapter_size,
+            fetch=fetch_adapter if config.adapters_from_hub else None,
+            on_change=self._announcer.touch,
+        )
 
     def _load(
         self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
@@ -173,8 +206,9 @@ class Server:
             max_batch_tokens=config.max_batch_tokens,
         )
         kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
+        for_adapters = config.adapter_memory if config.adapters or config.adapters_from_hub else 0
         return plan(
-            usable_memory(device, config.max_memory),
+            usable_memory(device, config.max_memory) - for_adapters,
             size,
             f"{checkpoint.name} in {kind}",
             fewest=asked or 1,
@@ -193,7 +227,7 @@ class Server:
 
     def _info(self) -> ServerInfo:
         """What this server announces, as it is now."""
-        speed, announcer, load = self._speed, self._announcer, self._present_load
+        speed, announcer, load, adapters = self._speed, self._announcer, self._present_load, self._adapters
         return ServerInfo(
             state=self._state,
             span=self.span,
@@ -211,6 +245,8 @@ class Server:
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,
             relayed=self._relayed,
+            adapters=() if adapters is None else adapters.infos,
+            fetches_adapters=adapters is not None and adapters.fetches,
         )
 
     def stop(self) -> None:
@@ -245,8 +281,10 @@ class Server:
 
     async def _leave(self) -> None:
         self._state = ServerState.OFFLINE
-        if self._looking is not None:
-            self._looking.cancel()
+        for task in self._looking:
+            task.cancel()
+        if self._adapters is not None:
+            self._adapters.close()
         if self._announcer is not None and not self.node.died.is_set():
             await self._announcer.stop()
         if self._engine is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,7 @@ from swarm.protocol import (
     SessionPrompts,
     StepRequest,
     StepResult,
+    check_rows,
 )
 from swarm.rpc import ONE_WRITE, FrameStream, clock
 from swarm.tensors import DTYPES, all_finite, decode, encode
@@ -70,7 +72,7 @@ class SessionStream:
         self._newest: StepTask | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Timeout | None = None
-        self._place = Hold.of_nothing()  # among the sessions of this peer
+        self._held = contextlib.ExitStack()  # a place among the sessions of this peer, and the adapters of the rows
         self._prompts = contextlib.ExitStack()  # what they take of this peer's quota
         #: streams of servers that push steps of this session, oldest first
         self.incoming: list[FrameStream] = []
@@ -119,7 +121,7 @@ class SessionStream:
             self._handler.sessions.close(self._session)
             self._handler.by_session.pop(self._session.session_id, None)
             self._session = None
-        self._place.release()
+        self._held.close()
         self._prompts.close()
 
     def _why_too_late(self) -> str:
@@ -200,13 +202,15 @@ class SessionStream:
     async def _open(self, request: OpenSession) -> None:
         if self._session is not None:
             raise ProtocolError("a stream carries one session, and this one has its own already")
-        place = self._handler.quotas.session(self._peer_id)
-        try:
-            self._session = self._handler.open_session(request, self._peer_id)
-        except SwarmError:
-            place.release()
-            raise
-        self._place = place
+        self._handler.check_request(request)
+        check_rows(request.adapters, request.num_rows)
+        with contextlib.ExitStack() as held:
+            place = self._handler.quotas.session(self._peer_id)
+            held.callback(place.release)
+            adapters = await self._handler.adapters.lease(request.adapters, request.num_rows)
+            held.callback(adapters.release)
+            self._session = self._handler.open_session(request, self._peer_id, adapters)
+            self._held = held.pop_all()
         self._touch(self._handler.idle_limit)
         self._handler.by_session[request.session_id] = self
         self._connect_next(request.next)
@@ -276,7 +280,14 @@ class SessionStream:
         codec_time = clock() - started
         # Compressed outputs are computed in float32: that holds whatever the device's dtype does.
         output_dtype = DTYPES.get(session.output_codec.value, torch.float32)
-        task = StepTask(hidden, rows, *span.local(session.span), reorder=request.reorder, output_dtype=output_dtype)
+        task = StepTask(
+            hidden,
+            rows,
+            *span.local(session.span),
+            reorder=request.reorder,
+            output_dtype=output_dtype,
+            deadline=None if request.time_left is None else time.monotonic() + request.time_left / 1e6,
+        )
         session.last_step = request.step
         return task, codec_time
 

@@ -92,6 +92,10 @@ class Session:
             return lengths
         if len(reorder.sources) != len(lengths) or max(reorder.sources) >= len(lengths):
             raise ProtocolError(f"a session of {len(lengths)} rows cannot be reordered as {list(reorder.sources)[:20]}")
+        if any(
+            self.rows[source].adapter is not row.adapter for source, row in zip(reorder.sources, self.rows, strict=True)
+        ):
+            raise ProtocolError("a row cannot become a copy of one with another adapter")
         return [lengths[source] for source in reorder.sources]
 
     def _check_row(self, row: RowSlice, lengths: Sequence[int]) -> RowWork:

@@ -12,10 +12,13 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from swarm.architectures import Architecture, span_config
 from swarm.data_structures import BlockSpan
 
+from .adapters.applied import AppliedAdapters
+from .adapters.base import BaseBlocks
 from .batch import FlatBatch, RowChunk, WholeRows
 from .decode_batch import DecodeBatch
 from .kv_cache import KVCache
@@ -43,10 +46,16 @@ class Span:
         self._model = model
         self._architecture = architecture
         self._slices: dict[tuple[int, int], nn.Module] = {(0, len(blocks)): model}
+        self.adapters = AppliedAdapters(list(getattr(model, architecture.blocks)), device)
 
     def local(self, span: BlockSpan) -> tuple[int, int]:
         """A sub-span of the model's blocks as indices into this span's blocks."""
         return span.start - self.blocks.start, span.end - self.blocks.start
+
+    def base_blocks(self, config: PretrainedConfig, fingerprint: str) -> BaseBlocks:
+        """These blocks, for those who turn files of adapters into what runs here. config: the whole model's."""
+        blocks = getattr(self._model, self._architecture.blocks)
+        return BaseBlocks(blocks, self.blocks, self._architecture, config, fingerprint, self.device, self.dtype)
 
     @torch.inference_mode()
     def forward(self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache) -> torch.Tensor:
@@ -102,9 +111,10 @@ class Span:
     def _run(
         self, hidden: torch.Tensor, batch: FlatBatch | DecodeBatch | WholeRows, start: int, end: int
     ) -> torch.Tensor:
-        output = self._slice(start, end)(
-            inputs_embeds=hidden[None], position_ids=batch.position_ids, use_cache=False, flat_batch=batch
-        )
+        with self.adapters.applied(batch.adapter_runs):
+            output = self._slice(start, end)(
+                inputs_embeds=hidden[None], position_ids=batch.position_ids, use_cache=False, flat_batch=batch
+            )
         hidden_states: torch.Tensor = output.last_hidden_state[0]
         return hidden_states
 

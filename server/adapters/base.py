@@ -48,7 +48,9 @@ class BaseBlocks:
         """
         module = self.module(block, path)
         if "experts" in path.split("."):
-            raise AdapterError(f"{path} of block {block} is an expert's: only some tokens pass it, in an order of its own")
+            raise AdapterError(
+                f"{path} of block {block} is an expert's: only some tokens pass it, in an order of its own"
+            )
         if not is_linear(module):
             raise AdapterError(f"{path} of block {block} is a {type(module).__name__}, not a linear layer")
         return module
@@ -66,7 +68,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | PackedLinear)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def base_weight(layer: nn.Module) -> torch.Tensor:
     """What a linear layer multiplies by, unpacked and dequantised: float32 [out_features, in_features]."""
     from bitsandbytes.nn import Linear8bitLt

@@ -117,7 +117,7 @@ class _GivePrefix:
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         assert kwargs.get("past_key_values") is None and kwargs.get("position_ids") is None
-        rows = args[0] if args else kwargs["input_ids"]
+        rows = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         cache = DynamicCache(config=model.config)
         for block, (keys, values) in enumerate(zip(self._prefix.keys, self._prefix.values, strict=True)):
             cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), block)

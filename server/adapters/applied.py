@@ -1,0 +1,134 @@
+"""The adapters that the blocks of a span can apply, and which of them a batch needs.
+
+Base and adapters meet here: one pass of the base over all tokens of a flattened batch, and beside each of its modules
+one operation per form for all adapters in the batch (see `groups`). Rows without an adapter just have nothing added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .forms import AdapterForms, KeyValuePrefix
+from .operators import Order
+from .sites import ActiveBatch, Site, site_of
+from .tokens import Run, TokenMap
+
+if TYPE_CHECKING:
+    from ..kv_cache import KVCache, RowCache
+
+#: Adapters with more tokens than this in a batch get a product of their own. On a GPU launches cost more than padding.
+MOST_PADDED = {"cpu": 4, "cuda": 64}
+#: Batches whose arrangement is kept: decode steps of the same rows follow each other.
+_NUM_MAPS = 32
+
+
+class Adapter:
+    """An adapter that is in the blocks. Compared by identity.
+
+    prefix_row: where its prefix lies in the KV cache, if it has one. All its rows read it there, and nobody writes.
+    """
+
+    def __init__(self, forms: AdapterForms, prefix_row: RowCache | None = None):
+        self.forms = forms
+        self.prefix_row = prefix_row
+
+    @property
+    def prefix(self) -> KeyValuePrefix | None:
+        return self.forms.prefix
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 0 if self.forms.prefix is None else self.forms.prefix.num_tokens
+
+
+class AppliedAdapters:
+    """For one thread, the engine's, once that runs."""
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
+        self._blocks = blocks
+        self._device = device
+        self._active = ActiveBatch()
+        self._sites: dict[tuple[int, str, type], Site[Any]] = {}
+        self._maps: dict[Sequence[Run], TokenMap] = {}
+        self._present: dict[frozenset[Hashable], frozenset[Hashable]] = {}
+        self._adapters: set[Adapter] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the pools take beside the adapters themselves."""
+        return sum(site.nbytes for site in self._sites.values())
+
+    @property
+    def order(self) -> Order:
+        """Of the operations at each module."""
+        return self._active.order
+
+    @order.setter
+    def order(self, order: Order) -> None:
+        self._active.order = order
+        for site in self._sites.values():
+            site.plan_anew()
+
+    def add(self, forms: AdapterForms, cache: KVCache | None = None) -> Adapter:
+        """Put an adapter into the blocks; rows that name it get it from now on. Its forms must fit: importers check.
+
+        cache: for its prefix; not needed for passes of whole rows. Raises CacheFull if a prefix finds no pages there.
+        """
+        row = None
+        if forms.prefix is not None and cache is not None:
+            (row,) = cache.admit(1, forms.prefix.num_tokens, lasting=True)
+            cache.grow(row, forms.prefix.num_tokens)
+            cache.write(row, forms.prefix.keys, forms.prefix.values)
+        adapter = Adapter(forms, row)
+        for index, block in enumerate(forms.blocks):
+            for parts in (block.bottlenecks, block.linear, block.norms):
+                for path, form in parts.items():
+                    key = index, path, type(form)
+                    if key not in self._sites:
+                        module = self._blocks[index].get_submodule(path)
+                        self._sites[key] = site_of(module, form, self._active)
+                    self._sites[key].add(adapter, form)
+        self._adapters.add(adapter)
+        return adapter
+
+    def remove(self, adapter: Adapter, cache: KVCache | None = None) -> None:
+        """No row may have it any more."""
+        if adapter.prefix_row is not None and cache is not None:
+            cache.release([adapter.prefix_row])
+        self._adapters.discard(adapter)
+        for key in list(self._sites):
+            if self._sites[key].forget(adapter) and self._sites[key].restore():
+                del self._sites[key]
+        self._maps.clear()
+        self._present.clear()
+
+    @contextlib.contextmanager
+    def applied(self, runs: Sequence[Run]) -> Iterator[None]:
+        """While blocks run a batch: which of its tokens have which adapter."""
+        if not self._adapters or all(adapter is None for adapter, _ in runs):
+            yield
+            return
+        self._active.tokens = self._map(runs)
+        try:
+            yield
+        finally:
+            self._active.tokens = None
+
+    def _map(self, runs: Sequence[Run]) -> TokenMap:
+        key = tuple(runs)
+        found = self._maps.pop(key, None)
+        if found is None:
+            found = TokenMap(key, self._device, MOST_PADDED[self._device.type])
+            # Equal sets are one object: sites look whether it is the one that they know.
+            found.present = self._present.setdefault(found.present, found.present)
+            if len(self._maps) >= _NUM_MAPS:
+                self._maps.pop(next(iter(self._maps)))
+            if len(self._present) > 8 * _NUM_MAPS:
+                self._present = {each.present: each.present for each in self._maps.values()}
+        self._maps[key] = found
+        return found

@@ -1,0 +1,30 @@
+"""Adapters of the hub, downloaded when somebody asks for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from swarm.adapter_files import FORMATS
+from swarm.errors import AdapterError, ModelNotFound
+from swarm.hub import find_on_hub
+
+
+def fetch_adapter(name: str, max_bytes: int) -> Path:
+    """A folder with the configuration and the weights of an adapter, in the hub library's own cache.
+
+    name: its id on the hub. max_bytes: of its weights, which are not downloaded beyond. Raises AdapterError.
+    """
+    try:
+        files, present = find_on_hub(name, None, None)
+        for config, weights in FORMATS.items():
+            chosen = next((file for file in weights if file in present), None)
+            if config not in present or chosen is None:
+                continue
+            size = sum(entry.nbytes for entry in files.header(chosen).values())
+            if size > max_bytes:
+                raise AdapterError(f"{name} has {size} bytes of weights, more than this server's limit of {max_bytes}")
+            files.path(chosen)
+            return files.path(config).parent
+    except ModelNotFound as error:
+        raise AdapterError(f"cannot fetch the adapter {name}: {error}") from error
+    raise AdapterError(f"{name} on the hub is no adapter: it lacks {' or '.join(FORMATS)} with weights in safetensors")

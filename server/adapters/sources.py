@@ -1,0 +1,109 @@
+"""Where a server's adapters come from: folders, folders of folders, and the hub."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.adapter_files import FORMATS
+from swarm.errors import AdapterError, SwarmError, UsageError
+
+from .registry import AdapterRegistry
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[\x21-\x7e]{1,64}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an operator names: `NAME=FOLDER`, `FOLDER`, or the id of an adapter on the hub.
+
+    name: None for a folder of adapters, each named like its own folder. folder: None for an adapter of the hub.
+    """
+
+    name: str | None
+    folder: Path | None
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """Raises UsageError for what is neither."""
+        name, equals, place = text.rpartition("=")
+        folder = Path(place).expanduser().resolve()
+        if not folder.is_dir():
+            if not equals and re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+                return cls(text, None)
+            raise UsageError(f"--adapters {text}: there is no folder {place!r}; write FOLDER, NAME=FOLDER or a hub id")
+        if not is_adapter(folder):
+            if equals:
+                raise UsageError(f"--adapters {text}: {place} holds no adapter ({' or '.join(FORMATS)})")
+            return cls(None, folder)
+        name = name if equals else folder.name
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"--adapters {text}: {name!r} is no name for an adapter: 1 to 64 characters without spaces"
+            )
+        return cls(name, folder)
+
+
+def is_adapter(folder: Path) -> bool:
+    return any((folder / config).is_file() for config in FORMATS)
+
+
+async def register_all(registry: AdapterRegistry, sources: Sequence[Source]) -> None:
+    """At start, where a bad adapter is an error: each is loaded once. Raises AdapterError or UsageError."""
+    for source in sources:
+        if source.name is None:
+            await look_through(registry, source, strict=True)
+        elif source.folder is not None:
+            await registry.register(source.name, source.folder)
+        elif not registry.fetches:
+            raise UsageError(f"--adapters {source.name} is an adapter of the hub: allow that with --adapters-from-hub")
+        else:
+            await registry.fetch(source.name)
+    for name in registry.names():
+        await registry.check(name)
+
+
+async def look_through(registry: AdapterRegistry, source: Source, *, strict: bool = False) -> None:
+    """Adapters that came into a folder are available from now on, and those that were taken away are no more.
+
+    strict: raise AdapterError for one that is bad, which else is named in the log and left out.
+    """
+    assert source.folder is not None
+    found = await asyncio.to_thread(_adapters_in, source.folder)
+    for name in registry.names_from(source.folder):
+        if name not in found:
+            logger.info("adapter %s was taken away", name)
+            registry.unregister(name)
+    for name, folder in found.items():
+        try:
+            await registry.register(name, folder, shelf=source.folder)
+        except SwarmError as error:
+            if strict:
+                raise AdapterError(f"{folder}: {error}") from error
+            registry.complain(name, error)
+
+
+async def keep_looking(registry: AdapterRegistry, sources: Sequence[Source], period: float) -> None:
+    """Look through folders of adapters once in `period` seconds, for ever."""
+    shelves = [source for source in sources if source.name is None]
+    while shelves:
+        await asyncio.sleep(period)
+        for shelf in shelves:
+            try:
+                await look_through(registry, shelf)
+            except OSError as error:
+                logger.warning("cannot look through %s: %s", shelf.folder, error)
+
+
+def _adapters_in(folder: Path) -> dict[str, Path]:
+    return {
+        entry.name: entry
+        for entry in sorted(folder.iterdir())
+        if entry.is_dir() and _NAME.fullmatch(entry.name) and is_adapter(entry)
+    }

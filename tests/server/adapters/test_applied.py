@@ -1,0 +1,203 @@
+"""Rows of every kind of adapter in one flattened batch, each compared with plain transformers that has just its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from dense_adapters import apply_forms
+from made_forms import Maker
+
+from swarm.server.adapters.applied import Adapter
+from swarm.server.adapters.forms import LinearForm
+from swarm.server.batch import WholeRows
+
+Replay = Span = KVCache = Any  # see conftest.py
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def forms(tiny_model: Any) -> dict[str, Any]:
+    return Maker(tiny_model).all()
+
+
+@pytest.fixture
+def replay(tiny_span: Span, make_replay: Any) -> Replay:
+    return make_replay(tiny_span)
+
+
+@pytest.fixture
+def cache(replay: Replay) -> KVCache:
+    return replay.cache
+
+
+@pytest.fixture
+def adapters(tiny_span: Span, cache: KVCache, forms: dict[str, Any]) -> Iterator[dict[str | None, Adapter | None]]:
+    added = {name: tiny_span.adapters.add(form, cache) for name, form in forms.items()}
+    yield {None: None, **added}
+    for adapter in added.values():
+        tiny_span.adapters.remove(adapter, cache)
+
+
+class Rows:
+    """Sessions with adapters, by name, each with what plain transformers has for it."""
+
+    def __init__(self, replay: Any, model: Any, adapters: Any, forms: Any, hidden_at: Any):
+        self.replay = replay
+        self._model, self._adapters, self._forms, self._hidden_at = model, adapters, forms, hidden_at
+
+    def open(self, name: str | None, length: int, seed: int) -> Any:
+        ids = torch.randint(0, self._model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
+        if name is None:
+            boundaries = self._hidden_at(self._model, ids)
+        else:
+            with apply_forms(self._model, self._forms[name]):
+                boundaries = self._hidden_at(self._model, ids)
+        session = self.replay.open(boundaries)
+        session.row.adapter = self._adapters[name]
+        return session
+
+
+@pytest.fixture
+def rows(replay: Replay, tiny_model: Any, adapters: Any, forms: Any, hidden_at_boundaries: Any) -> Rows:
+    return Rows(replay, tiny_model, adapters, dict(forms), hidden_at_boundaries)
+
+
+NAMES = [
+    "low rank",
+    "another rank",
+    "scales",
+    "biases",
+    "sparse",
+    "houlsby",
+    "pfeiffer",
+    "norms",
+    "prefix",
+    "everything",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alone(rows: Rows, name: str) -> None:
+    """A prompt in two chunks, then token by token."""
+    row = rows.open(name, 12, seed=1)
+    rows.replay.run((row, 7))
+    rows.replay.run((row, 2))
+    for _ in range(3):
+        rows.replay.run((row, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_adapter_changes_what_comes_out(rows: Rows, name: str) -> None:
+    """Else the other tests would compare nothing."""
+    mine, plain = rows.open(name, 6, seed=1), rows.open(None, 6, seed=1)
+    assert not torch.allclose(mine.boundaries[-1], plain.boundaries[-1], rtol=0.05)
+
+
+def test_all_kinds_and_none_prefill_and_decode_in_one_batch(rows: Rows) -> None:
+    work = [rows.open(name, 14, seed) for seed, name in enumerate([*NAMES, None, *NAMES, None])]
+    sizes = [(3 * number) % 7 + 1 for number in range(len(work))]
+    rows.replay.run(*zip(work, sizes, strict=True))
+    for step in range(4):
+        rows.replay.run(*((row, 1 if number % 3 else 2) for number, row in enumerate(work) if (number + step) % 4))
+
+
+def test_rows_of_the_same_adapter_that_are_not_neighbours(rows: Rows) -> None:
+    work = [rows.open(name, 20, seed) for seed, name in enumerate(["low rank", None, "sparse", "low rank", "sparse"])]
+    rows.replay.run(*zip(work, [9, 1, 3, 6, 8], strict=True))
+    rows.replay.run(*((row, 1) for row in reversed(work)))
+
+
+def test_adapters_come_and_go_between_batches(rows: Rows, tiny_span: Span, tiny_model: Any) -> None:
+    """Slots of the pools are taken over by newcomers."""
+    work = {seed: rows.open("low rank", 30, seed) for seed in range(3)}
+    for session in work.values():
+        rows.replay.run((session, 2))
+    for seed in range(8):
+        maker = Maker(tiny_model, seed)
+        form = maker.per_linear(partial(_form, maker))
+        rows._forms["new"], rows._adapters["new"] = form, tiny_span.adapters.add(form)
+        newcomer = rows.open("new", 8, seed)
+        rows.replay.run((work[seed % 3], 1), (newcomer, 5), (work[(seed + 1) % 3], 1))
+        rows.replay.run((newcomer, 1), (work[seed % 3], 1))
+        tiny_span.adapters.remove(rows._adapters.pop("new"))
+        rows.replay.run((work[seed % 3], 1))
+
+
+def _form(maker: Maker, layer: Any) -> LinearForm:
+    return LinearForm(
+        low_rank=maker.low_rank(layer, 4), sparse=maker.sparse(layer, 9), bias_out=maker.normal(layer.out_features)
+    )
+
+
+def test_without_adapters_the_blocks_are_as_they_were(tiny_span: Span, cache: KVCache, forms: dict[str, Any]) -> None:
+    def modules() -> dict[str, Any]:
+        return {name: module.forward for name, module in tiny_span._model.named_modules() if "forward" in vars(module)}
+
+    before = modules()
+    added = [tiny_span.adapters.add(form, cache) for form in forms.values()]
+    assert len(modules()) > len(before)
+    free = cache.free_pages
+    for adapter in added:
+        tiny_span.adapters.remove(adapter, cache)
+    assert modules() == before
+    assert cache.free_pages > free
+    assert tiny_span.adapters.nbytes == 0
+
+
+def test_a_prefix_is_written_once_and_read_by_all_its_rows(rows: Rows, cache: KVCache) -> None:
+    first, second = rows.open("prefix", 4, seed=1), rows.open("prefix", 4, seed=2)
+    rows.replay.run((first, 4), (second, 3))
+    rows.replay.run((second, 1))
+    assert len(first.row.pages) == len(second.row.pages) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_whole_rows(tiny_span: Span, tiny_model: Any, name: str) -> None:
+    """Mixed with others, forward and backward equal the plain model with the adapter, and weights get no gradient."""
+    forms = Maker(tiny_model, strength=0.1).all()
+    adapters = {each: tiny_span.adapters.add(forms[each]) for each in {name, "low rank"}}
+    lengths, names = [5, 5, 3, 9], [None, name, "low rank", name]
+    maker = Maker(tiny_model, 7)
+    inputs = [maker.normal(length, tiny_model.config.hidden_size, std=1.0) for length in lengths]
+    flat = torch.cat(inputs).requires_grad_()
+    batch = WholeRows(lengths, CPU, [adapters.get(each) for each in names])
+    output = flat
+    for block in range(8):
+        output = tiny_span.run_whole(output, batch, block)
+    weights = maker.normal(*output.shape, std=1.0)
+    (gradient,) = torch.autograd.grad((output * weights).sum(), flat)
+    first = 0
+    for length, each, row in zip(lengths, names, inputs, strict=True):
+        own = slice(first, first + length)
+        wanted, wanted_gradient = _plain_pass(tiny_model, row, weights[own], forms.get(each))
+        _assert_close(output[own], wanted)
+        _assert_close(gradient[own], wanted_gradient)
+        first += length
+    for adapter in adapters.values():
+        tiny_span.adapters.remove(adapter)
+
+
+def _plain_pass(model: Any, row: torch.Tensor, weights: torch.Tensor, form: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the blocks of a plain model make of one row, without the final norm, and the gradient of the row."""
+    norm, model.model.norm = model.model.norm, torch.nn.Identity()
+    seen: list[torch.Tensor] = []
+    hook = model.model.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state[0]))
+    row = row.clone().requires_grad_()
+    try:
+        with contextlib.nullcontext() if form is None else apply_forms(model, form):
+            model(inputs_embeds=row[None], attention_mask=torch.ones(1, len(row), dtype=torch.int64))
+            (gradient,) = torch.autograd.grad((seen[0] * weights).sum(), row)
+        return seen[0], gradient
+    finally:
+        hook.remove()
+        model.model.norm = norm
+
+
+def _assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
