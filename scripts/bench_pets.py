@@ -157,7 +157,8 @@ def measure(
     progress(f"making {max(tasks)} adapters")
     made = [made_adapter(span, KINDS[number % len(KINDS)], number) for number in range(max(tasks))]
     adapters = [span.adapters.add(forms) for forms in made]
-    rig.passes([(1, adapter) for adapter in adapters])  # pools are filled
+    for tokens in (1, 8):  # pools are filled, with what few tokens need and with what many do
+        rig.passes([(tokens, adapter) for adapter in adapters])
     pool_bytes = span.adapters.nbytes
 
     progress("rows of a task each")
