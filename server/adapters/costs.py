@@ -214,11 +214,22 @@ def _shared_times(base: Mapping[tuple[int, int], _Job], scale: float) -> tuple[l
         for (rows, tokens), job in base.items()
         if job.times and (rows, tokens) != _MANY_ROWS
     ]
-    # A larger batch never takes less time; where it seems so, the small one was disturbed.
-    for number in range(len(shared) - 1, 0, -1):
-        tokens, seconds = shared[number - 1]
-        shared[number - 1] = tokens, min(seconds, shared[number][1])
-    return shared, row_time
+    return _plausible(shared), row_time
+
+
+def _plausible(shared: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Without what only noise can be: a larger batch that takes less time, or more than the smaller one as many times.
+
+    The second would be possible, but then such batches would be cut, and with noise that goes wrong more often.
+    """
+    found = list(shared)
+    for number in range(len(found) - 1, 0, -1):
+        tokens, seconds = found[number - 1]
+        found[number - 1] = tokens, min(seconds, found[number][1])
+    for number in range(1, len(found)):
+        (before, least), (tokens, seconds) = found[number - 1], found[number]
+        found[number] = tokens, min(seconds, least * tokens / before)
+    return found
 
 
 def _form_costs(tried: Sequence[_Tried], device: torch.device) -> dict[str, FormCosts]:

@@ -20,7 +20,7 @@ from swarm.server.adapters.cost_model import (
     fit,
     time_of,
 )
-from swarm.server.adapters.costs import profile
+from swarm.server.adapters.costs import _plausible, profile
 from swarm.server.adapters.forms import (
     AdapterForms,
     BlockForms,
@@ -126,6 +126,10 @@ def test_profile_measures_every_form_and_leaves_the_span_as_it_was(
 def forms_for(span: Span) -> AdapterForms:
     vector: Any = torch.zeros(span.hidden_size)
     return AdapterForms([BlockForms(linear={"mlp.down_proj": LinearForm(bias_out=vector)})] * len(span.blocks))
+
+
+def test_noise_in_the_bases_times_does_not_cut_batches() -> None:
+    assert _plausible([(1, 3.0), (2, 2.0), (4, 5.0), (8, 6.0)]) == [(1, 2.0), (2, 2.0), (4, 4.0), (8, 6.0)]
 
 
 def test_what_there_is_no_time_for_is_named(tiny_span: Span, caplog: pytest.LogCaptureFixture) -> None:
