@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from swarm.data_structures import BlockSpan
+from swarm.data_structures import AdapterRef, BlockSpan
 
 from .beam import search
 from .cost import cache_factor, company_time, edge_time, entry_time, span_time
@@ -43,7 +43,7 @@ class Wanted:
     numerics: if chains of servers with this tag alone exist, one of them; otherwise any.
     source, sink: the peers before and after `span`; None is the client.
     exclude: peers that must not be used. allowed: the only ones that may be; None: all.
-    adapters: every server must announce all of them.
+    adapters: every server must have all of them, or load those that it lacks, see `adapters.may_serve`.
     """
 
     span: BlockSpan
@@ -53,7 +53,7 @@ class Wanted:
     sink: str | None = None
     exclude: Collection[str] = frozenset()
     allowed: Collection[str] | None = None
-    adapters: Collection[str] = frozenset()
+    adapters: Collection[AdapterRef] = ()
 
 
 def find_chain(
@@ -66,7 +66,7 @@ def find_chain(
     sink: str | None = None,
     exclude: Collection[str] = frozenset(),
     allowed: Collection[str] | None = None,
-    adapters: Collection[str] = frozenset(),
+    adapters: Collection[AdapterRef] = (),
     beam_size: int = BEAM_SIZE,
     rng: random.Random | None = None,
 ) -> Chain | None:
@@ -136,8 +136,8 @@ def usable_servers(snapshot: Snapshot, wanted: Wanted) -> Booleans:
     for peer_id, round_trip in snapshot.pings.items():
         if round_trip == math.inf and peer_id in index:
             usable[index[peer_id]] = False
-    if wanted.adapters:
-        usable &= np.array([set(wanted.adapters).issubset(info.adapters) for info in table.infos], dtype=bool)
+    for ref in wanted.adapters:
+        usable &= table.able(ref)
     return usable
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from swarm.data_structures import BlockSpan, ModelInfo
-from swarm.errors import CacheFull, MissingBlocks
+from swarm.data_structures import AdapterRef, BlockSpan, ModelInfo
+from swarm.errors import AdapterNotServed, CacheFull, MissingBlocks
 
+from .adapter_reasons import explain_adapters
 from .snapshot import Snapshot, format_blocks
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 MAX_MODELS_LISTED = 10
 
 FULL = "full"
+WITHOUT_ADAPTERS = "without the adapters"
 
 
 def explain_missing(
@@ -26,10 +28,12 @@ def explain_missing(
     cache_tokens: int,
     model_name: str,
     why_not: Callable[[ServerRecord], str | None],
-) -> MissingBlocks | CacheFull:
+    adapters: Collection[AdapterRef] = (),
+) -> MissingBlocks | CacheFull | AdapterNotServed:
     """The error for a span some of whose blocks have no usable server.
 
-    why_not: why a server cannot be used, in a word or two, `FULL` only if nothing else is wrong; None if it can.
+    why_not: why a server cannot be used, in a word or two; `WITHOUT_ADAPTERS` only if nothing else is wrong but maybe
+    that it is full, `FULL` only if nothing else at all; None if it can. adapters: that are wanted.
     """
     reasons = {record.peer_id: why_not(record) for record in snapshot.servers}
     usable = snapshot.only({peer_id for peer_id, reason in reasons.items() if reason is None})
@@ -44,6 +48,11 @@ def explain_missing(
             f"{model_name}; there is room for {tokens_left}",
             tokens_left,
         )
+    otherwise = snapshot.only(
+        {peer_id for peer_id, reason in reasons.items() if reason in (None, FULL, WITHOUT_ADAPTERS)}
+    )
+    if adapters and missing and not otherwise.missing_blocks(span):
+        return explain_adapters(otherwise, span, adapters)
     holders = [record for record in snapshot.servers if any(block in record.info.span for block in missing)]
     counts = Counter(reasons[record.peer_id] or "free again" for record in holders)
     counted = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from swarm.data_structures import BlockSpan, Frozen, ModelInfo, ServerInfo, ServerState
+from swarm.adapter_hub import find_adapter, is_hub_name
+from swarm.data_structures import AdapterRef, BlockSpan, Frozen, ModelInfo, ServerInfo, ServerState
 from swarm.errors import BadSpan, CacheFull, ModelNotServed, NetworkError, RoutingError, SwarmError
 
+from .adapter_reasons import blocks_without, explain_adapters, explain_name
+from .adapters import choose_adapter, may_serve
 from .bans import Bans
 from .chain import Chain, Wanted, usable_peers
 from .lookout import Ask, Lookout
-from .reasons import FULL, describe_other_models, explain_missing
+from .reasons import FULL, WITHOUT_ADAPTERS, describe_other_models, explain_missing
 from .sharing import servers_in_question, share_chain
 from .snapshot import Snapshot
 from .spreading import spread_chain
@@ -75,7 +78,7 @@ class Router:
     """Finds chains through one model. To be used from one asyncio loop.
 
     directory: read for records. ask: puts a question to a server, see `lookout.Ask`. clock: seconds, monotonic.
-    rng: chooses whom to ask, and chains where nobody should be asked.
+    rng: chooses whom to ask, and chains where nobody should be asked. look_up: finds an adapter on the hub; may block.
     """
 
     def __init__(
@@ -89,7 +92,10 @@ class Router:
         *,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        look_up: Callable[[str], AdapterRef] = find_adapter,
     ):
+        self._look_up = look_up
+        self._from_hub: dict[str, tuple[float, AdapterRef]] = {}  # adapters that were looked up, and when
         self._directory = directory
         self._fingerprint = fingerprint
         self._num_blocks = num_blocks
@@ -149,7 +155,7 @@ class Router:
         exclude: Collection[str] = frozenset(),
         source: str | None = None,
         sink: str | None = None,
-        adapters: Collection[str] = frozenset(),
+        adapters: Collection[AdapterRef] = (),
         mode: Mode = "latency",
         urgent: bool = False,
     ) -> Chain:
@@ -164,8 +170,8 @@ class Router:
         of them hangs. When the records at hand give no chain they are read anew: a server may have joined since.
 
         Raises BadSpan if the model has no such blocks, ModelNotServed if nobody announces these weights, MissingBlocks
-        if blocks lack a usable server, CacheFull if it is only cache room that they lack. NetworkError of the directory
-        passes through if the records at hand, old as they are, give no chain.
+        if blocks lack a usable server, CacheFull if it is only cache room that they lack, AdapterNotServed if it is the
+        adapters. NetworkError of the directory passes through if the records at hand, old as they are, give no chain.
         """
         if span.end > self._num_blocks:
             raise BadSpan(f"blocks {span} lie outside {self._model_name}, which has {self._num_blocks} blocks")
@@ -189,6 +195,43 @@ class Router:
             if self._num_reads > reads_before:
                 raise await self._explain(make_wanted(), exclude)
             await self.refresh(force=True)
+
+    async def adapter(self, name: str, span: BlockSpan) -> AdapterRef:
+        """The adapter of this name that a chain through `span` can serve.
+
+        Others may give the same name to other contents: of those that all blocks have, the one with most throughput is
+        taken (see `adapters.choose_adapter`). One of the hub that is not announced for all blocks is looked up there,
+        if servers load such adapters when asked to.
+        Raises AdapterNotServed, ModelNotServed, AdapterError of the look-up; NetworkError of the directory passes
+        through.
+        """
+        await self._refresh_if_possible()
+        reads_before = self._num_reads
+        while (found := choose_adapter(self._allowed(), name, span)) is None:
+            if self._num_reads > reads_before and not self._records:
+                raise ModelNotServed(await self._describe_other_models())
+            if self._num_reads > reads_before:
+                return await self._hub_adapter(name, span)
+            await self.refresh(force=True)
+        return found
+
+    async def _hub_adapter(self, name: str, span: BlockSpan) -> AdapterRef:
+        if not is_hub_name(name) or not any(record.info.fetches_adapters for record in self._allowed().servers):
+            raise explain_name(self._allowed(), span, name)
+        at, found = self._from_hub.get(name, (-math.inf, None))
+        if found is None or self._clock() - at >= self._config.update_period:
+            found = await asyncio.to_thread(self._look_up, name)
+            self._from_hub[name] = self._clock(), found
+        if blocks_without(self._allowed(), span, found):
+            raise explain_adapters(self._allowed(), span, [found])
+        return found
+
+    def _allowed(self) -> Snapshot:
+        """The servers that this client may use, those that failed lately included."""
+        snapshot, allowed = self.snapshot(), self._config.allowed_servers
+        if allowed is not None:
+            snapshot = snapshot.only(allowed)
+        return snapshot.without(self._config.blocked_servers) if self._config.blocked_servers else snapshot
 
     def info(self, peer_id: str) -> ServerInfo | None:
         """What a server announced last; None if it is not known."""
@@ -227,7 +270,7 @@ class Router:
         source: str | None,
         sink: str | None,
         exclude: Collection[str],
-        adapters: Collection[str],
+        adapters: Collection[AdapterRef],
     ) -> Wanted:
         """With the bans of this moment."""
         left_out = self._config.blocked_servers.union(exclude, self.banned())
@@ -294,7 +337,9 @@ class Router:
         if not self._records:
             return ModelNotServed(await self._describe_other_models())
         why_not = partial(self._why_not, wanted=wanted, exclude=exclude, banned=self.banned())
-        return explain_missing(self.snapshot(), wanted.span, wanted.cache_tokens, self._model_name, why_not)
+        return explain_missing(
+            self.snapshot(), wanted.span, wanted.cache_tokens, self._model_name, why_not, wanted.adapters
+        )
 
     def _why_not(
         self, record: ServerRecord, wanted: Wanted, exclude: Collection[str], banned: Mapping[str, float]
@@ -313,8 +358,8 @@ class Router:
             return "excluded"
         if self._lookout.is_unreachable(peer_id):
             return "unreachable"
-        if not set(wanted.adapters).issubset(record.info.adapters):
-            return "without the adapters"
+        if not all(may_serve(record.info, ref) for ref in wanted.adapters):
+            return WITHOUT_ADAPTERS
         if record.info.cache_tokens_left < wanted.cache_tokens:
             return FULL
         return None

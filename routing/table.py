@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swarm.data_structures import ServerInfo, ServerState
+from swarm.data_structures import AdapterRef, ServerInfo, ServerState
 
+from .adapters import may_serve
 from .cost import cache_factor, company_time, entry_time, span_time
 from .edges import Edges
-from .units import Integers, nanoseconds
+from .units import Booleans, Integers, nanoseconds
 
 if TYPE_CHECKING:
     from swarm.dht import ServerRecord
@@ -39,6 +40,7 @@ class ServerTable:
     session_rows: Integers
     entry: Integers
     block: Integers
+    _able: dict[AdapterRef, Booleans] = field(default_factory=dict)
 
     @classmethod
     def build(cls, servers: Sequence[ServerRecord], before: ServerTable | None = None) -> ServerTable:
@@ -55,6 +57,12 @@ class ServerTable:
             rows[position] = _row(infos[position])
         edges = Edges.build(infos, index, None if before is None else before.edges)
         return cls(infos, index, edges, rows, *np.ascontiguousarray(rows.T))
+
+    def able(self, ref: AdapterRef) -> Booleans:
+        """Which servers may serve rows with this adapter, see `adapters.may_serve`."""
+        if ref not in self._able:
+            self._able[ref] = np.array([may_serve(info, ref) for info in self.infos], dtype=bool)
+        return self._able[ref]
 
     def with_extra_rows(self, extra_rows: Mapping[str, int]) -> ServerTable:
         """As if so many further rows, by peer, were at work."""

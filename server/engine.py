@@ -7,6 +7,7 @@ al., OSDI'22). The engine knows nothing about peers, streams or messages.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ import torch
 from swarm.errors import EngineError, ProtocolError, SwarmError
 from swarm.tensors import all_finite
 
+from .adapters.scheduling import Costs, Query, Unmeasured, choose
 from .batch import RowChunk
 from .config import DEFAULT_MAX_STALL
 from .eviction import EvictionLimits
@@ -66,8 +68,10 @@ class Engine:
         on_death: Callable[[], object] = lambda: None,
         limits: EvictionLimits | None = None,
         max_stall: float = DEFAULT_MAX_STALL,
+        adapter_costs: Costs | None = None,
     ):
-        """max_stall: see `ServerConfig`. limits: of an overcommitted cache.
+        """max_stall: see `ServerConfig`. limits: of an overcommitted cache. adapter_costs: what batches with adapters
+        take here; without it, the order of prompts follows their deadlines and lengths alone.
 
         on_death: called on the engine's thread when that ends though nobody stopped it, which is a bug of ours.
         """
@@ -80,6 +84,7 @@ class Engine:
         self._running_rows = 0
         self._threads = threads
         self._on_death = on_death
+        self._adapter_costs = adapter_costs or Unmeasured()
         self._tasks: deque[StepTask] = deque()
         self._errands: deque[Callable[[], None]] = deque()
         self._settling = Settling()
@@ -287,7 +292,8 @@ class Engine:
             for index, row in enumerate(task.rows):
                 if task.progress[index] < row.num_tokens:
                     candidates.append((task, index, first + task.progress[index]))
-                    waiting.append(Waiting(row.num_tokens - task.progress[index], task.kind(row)))
+                    left = row.num_tokens - task.progress[index]
+                    waiting.append(Waiting(left, task.kind(row), math.inf if task.deadline is None else task.deadline))
                 first += row.num_tokens
         pieces = []
         for (task, index, first), num_tokens in zip(candidates, self._share_batch(candidates, waiting), strict=True):
@@ -307,7 +313,32 @@ class Engine:
             self._pace.forget(lambda row: row.released)
             if len(decoding) < len(waiting):
                 bulk_tokens = self._pace.bulk_tokens(decoding, self.max_batch_tokens, time.monotonic())
-        return next_batch(waiting, self.max_batch_tokens, bulk_tokens)
+        chosen = self._choose_prompts(candidates, waiting, min(bulk_tokens, self.max_batch_tokens - len(decoding)))
+        return next_batch(waiting, self.max_batch_tokens, bulk_tokens, chosen)
+
+    def _choose_prompts(
+        self, candidates: list[tuple[StepTask, int, int]], waiting: list[Waiting], max_tokens: int
+    ) -> list[int] | None:
+        """Which prompts go next where that matters for adapters or deadlines; None where it does not."""
+        rows = [task.rows[index].cache for task, index, _ in candidates]
+        prompts = [number for number, entry in enumerate(waiting) if entry.kind is not Kind.DECODE]
+        if len(prompts) < 2 or not any(
+            rows[number].adapter is not None or candidates[number][0].deadline is not None for number in prompts
+        ):
+            return None
+        queries = [
+            Query(entry.num_tokens, row.adapter, task.deadline, task.created)
+            for (task, _, _), entry, row in zip(candidates, waiting, rows, strict=True)
+        ]
+        chosen = choose(
+            [queries[number] for number in prompts],
+            self._adapter_costs,
+            max(1, max_tokens),
+            time.monotonic(),
+            present=[query for query, entry in zip(queries, waiting, strict=True) if entry.kind is Kind.DECODE],
+            divisible=True,
+        )
+        return [prompts[number] for number in chosen]
 
     def _make_room(self, task: StepTask, index: int, num_tokens: int) -> RowChunk | None:
         """Cache pages for the next tokens of a row, held for this batch. None if its session ended or gets too long."""

@@ -30,16 +30,13 @@ async def serve_pass(handler: Handler, stream: FrameStream, peer_id: str) -> Non
     _check(request, handler)
     await handler.quotas.request(peer_id)
     size = sum(tensor_bytes(meta) for meta in request.tensors)
-    with await handler.quotas.bytes(peer_id, size):
+    adapters = await handler.adapters.lease(request.adapters, len(request.lengths))
+    with adapters, await handler.quotas.bytes(peer_id, size):
         tensors = [await _read_tensor(stream, meta, handler, peer_id) for meta in request.tensors]
-        adapters = await handler.adapters.lease(request.adapters, len(request.lengths))
-        try:
-            task = _task(request, tensors, handler, peer_id, adapters)
-            del tensors
-            output = await _run(handler, task, stream)
-            del task
-        finally:
-            adapters.release()
+        task = _task(request, tensors, handler, peer_id, adapters)
+        del tensors
+        output = await _run(handler, task, stream)
+        del task
         await _answer(stream, request, output)
 
 

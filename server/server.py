@@ -18,6 +18,7 @@ from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
 from swarm.routing.placement import choose_span
 
+from .adapters.costs import profile
 from .adapters.fetching import fetch_adapter
 from .adapters.registry import AdapterRegistry
 from .adapters.sources import Source, keep_looking, register_all
@@ -118,6 +119,10 @@ class Server:
 
         self._report(f"loading blocks {self.span} of {checkpoint.name}")
         span, self._speed = await asyncio.to_thread(self._load, checkpoint, dtype, quantization, device)
+        costs = None
+        if config.adapters or config.adapters_from_hub:
+            self._report("measuring what adapters cost")
+            costs = await asyncio.to_thread(profile, span, config.max_batch_tokens)
         loop = asyncio.get_running_loop()
         self._engine = Engine(
             span,
@@ -129,6 +134,7 @@ class Server:
                 config.idle_protection, config.turn_time, config.replay_share, config.page_wait_limit
             ),
             max_stall=config.max_stall,
+            adapter_costs=costs,
         )
         self._adapters = self._make_registry(span, checkpoint)
         self._engine.start()

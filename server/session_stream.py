@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -279,7 +280,14 @@ class SessionStream:
         codec_time = clock() - started
         # Compressed outputs are computed in float32: that holds whatever the device's dtype does.
         output_dtype = DTYPES.get(session.output_codec.value, torch.float32)
-        task = StepTask(hidden, rows, *span.local(session.span), reorder=request.reorder, output_dtype=output_dtype)
+        task = StepTask(
+            hidden,
+            rows,
+            *span.local(session.span),
+            reorder=request.reorder,
+            output_dtype=output_dtype,
+            deadline=None if request.time_left is None else time.monotonic() + request.time_left / 1e6,
+        )
         session.last_step = request.step
         return task, codec_time
 

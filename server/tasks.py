@@ -42,6 +42,7 @@ class StepTask:
 
     reorder: of the session's rows, before anything else, unless an earlier try of this step did it.
     output_dtype: in which the output shall travel, unless that is the input's.
+    deadline: when the client would like to have it, in seconds of `time.monotonic`; None: no hurry.
     """
 
     hidden: torch.Tensor
@@ -50,6 +51,7 @@ class StepTask:
     end: int
     reorder: Reorder | None = None
     output_dtype: torch.dtype | None = None
+    deadline: float | None = None
     future: Future[StepOutput] = field(default_factory=Future)
     created: float = field(default_factory=time.monotonic)
     queue_time: float = 0.0

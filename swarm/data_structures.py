@@ -104,6 +104,13 @@ class AdapterInfo(NamedTuple):
     digest: AdapterDigest
 
 
+class AdapterRef(NamedTuple):
+    """An adapter that a client wants: that of this name with these contents."""
+
+    name: AdapterName
+    digest: AdapterDigest
+
+
 def _printable(text: str) -> str:
     """Drop control characters: these strings reach terminals and web pages."""
     return "".join(char for char in text if char.isprintable())

@@ -157,6 +157,7 @@ _WIRE_ERRORS: dict[str, type[SwarmError]] = {
     for cls in (
         BadSpan,
         PeerRefused,
+        AdapterNotHere,
         SessionLost,
         CacheFull,
         QuotaExceeded,

@@ -18,6 +18,7 @@ their own: see `passes.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgpack
@@ -29,14 +30,13 @@ from .codecs import Codec
 from .data_structures import (
     MAX_BLOCKS,
     PROTOCOL_VERSION,
-    AdapterDigest,
-    AdapterName,
     BlockSpan,
     Fingerprint,
     Frozen,
     PeerName,
 )
-from .errors import MessageTooLarge, ProtocolError
+from .data_structures import AdapterRef as AdapterRef
+from .errors import MessageTooLarge, ProtocolError, UsageError
 
 INFERENCE_STREAM = f"petswarm/inference/{PROTOCOL_VERSION}"
 PUSH_STREAM = f"petswarm/push/{PROTOCOL_VERSION}"
@@ -109,18 +109,47 @@ class Reorder(NamedTuple):
     sources: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_ROWS)], ...], Field(max_length=MAX_ROWS)]
 
 
-class AdapterRef(NamedTuple):
-    """An adapter that a client wants: that of this name with these contents."""
-
-    name: AdapterName
-    digest: AdapterDigest
-
-
 class RowAdapters(NamedTuple):
     """Which row has which adapter. adapters: each once. rows: for every row an index into them, -1 for none."""
 
     adapters: Annotated[tuple[AdapterRef, ...], Field(max_length=MAX_ADAPTERS)] = ()
     rows: Annotated[tuple[Annotated[int, Field(ge=-1, lt=MAX_ADAPTERS)], ...], Field(max_length=MAX_ROWS)] = ()
+
+    def of_row(self, row: int) -> AdapterRef | None:
+        index = self.rows[row]
+        return None if index < 0 else self.adapters[index]
+
+    def of_rows(self) -> tuple[AdapterRef | None, ...]:
+        """One for each row, in order."""
+        return tuple(self.of_row(row) for row in range(len(self.rows)))
+
+
+def row_adapters(refs: Sequence[AdapterRef | None]) -> RowAdapters | None:
+    """Says which row has which adapter, `refs` in the rows' order; None if no row has one.
+
+    Raises UsageError for more than MAX_ADAPTERS different ones.
+    """
+    adapters = tuple(dict.fromkeys(ref for ref in refs if ref is not None))
+    if not adapters:
+        return None
+    if len(adapters) > MAX_ADAPTERS:
+        raise UsageError(
+            f"{len(adapters)} different adapters; at most {MAX_ADAPTERS} are possible: send fewer rows at once"
+        )
+    places = {ref: place for place, ref in enumerate(adapters)}
+    return RowAdapters(adapters, tuple(-1 if ref is None else places[ref] for ref in refs))
+
+
+def check_rows(adapters: RowAdapters | None, num_rows: int) -> None:
+    """Raises ProtocolError unless these say of each of `num_rows` rows which adapter it has. None fits any number."""
+    if adapters is None:
+        return
+    if len(adapters.rows) != num_rows:
+        raise ProtocolError(f"adapters for {len(adapters.rows)} rows, but there are {num_rows}")
+    if max(adapters.rows, default=-1) >= len(adapters.adapters):
+        raise ProtocolError(f"a row has adapter {max(adapters.rows)}, but {len(adapters.adapters)} are named")
+    if len(set(adapters.adapters)) != len(adapters.adapters):
+        raise ProtocolError("the same adapter is named twice")
 
 
 class NextServer(NamedTuple):
@@ -349,13 +378,3 @@ class BlockProtocol(ServicerBase):
         request.serialized_info: at most MAX_UPLOAD_BYTES of anything. The answer is a few digits, whatever was sent.
         """
         raise NotImplementedError
-
-
-def check_rows(adapters: RowAdapters | None, num_rows: int) -> None:
-    """Raises ProtocolError unless it says for each of so many rows which of its adapters that has."""
-    if adapters is None:
-        return
-    if len(adapters.rows) != num_rows:
-        raise ProtocolError(f"adapters for {len(adapters.rows)} rows, but there are {num_rows}")
-    if max(adapters.rows) >= len(adapters.adapters):
-        raise ProtocolError(f"a row has adapter {max(adapters.rows)} of a list of {len(adapters.adapters)}")

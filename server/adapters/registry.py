@@ -66,8 +66,11 @@ class Lease:
         """Twice does no harm."""
         self._on_release.close()
 
+    def __enter__(self) -> Lease:
+        return self
 
-NO_ADAPTERS = Lease((), ExitStack())
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class AdapterRegistry:
@@ -128,7 +131,8 @@ class AdapterRegistry:
     async def check(self, name: str) -> None:
         """Load an adapter, so that one that does not fit is found out. Raises AdapterError."""
         ref = AdapterRef(name, self._by_name[name].manifest.digest)
-        (await self.lease(RowAdapters((ref,), (0,)), 1)).release()
+        with ExitStack() as held:
+            await self._acquire(ref, held)
 
     def names_from(self, shelf: Path) -> list[str]:
         """Names of the adapters that were found in this folder of folders."""
@@ -188,12 +192,16 @@ class AdapterRegistry:
     async def lease(self, wanted: RowAdapters | None, num_rows: int) -> Lease:
         """The adapters of a session's rows, loaded if they were not.
 
-        Raises AdapterNotHere, AdapterError, or CacheFull while too many others are in use.
+        Raises AdapterNotHere, also for one that turns out to be of no use here; CacheFull while too many others are in
+        use.
         """
         if wanted is None:
             return Lease([None] * num_rows, ExitStack())
         with ExitStack() as held:
-            adapters = [await self._acquire(ref, held) for ref in wanted.adapters]
+            try:
+                adapters = [await self._acquire(ref, held) for ref in wanted.adapters]
+            except AdapterError as error:
+                raise AdapterNotHere(str(error)) from error
             rows = [None if index < 0 else adapters[index] for index in wanted.rows]
             return Lease(rows, held.pop_all())
 

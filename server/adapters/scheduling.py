@@ -66,6 +66,18 @@ class Costs(Protocol):
         """What an adapter adds."""
 
 
+class Unmeasured:
+    """Costs of a server that did not measure them: all that counts is the number of tokens."""
+
+    row_time = 0.0
+
+    def shared_time(self, tokens: int) -> float:
+        return float(tokens)
+
+    def adapter_time(self, adapter: Hashable) -> AdapterTime:
+        return AdapterTime()
+
+
 class Tally:
     """The predicted time of a batch, as queries join it."""
 

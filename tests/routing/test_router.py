@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from swarm.client.config import ClientConfig
-from swarm.data_structures import BlockSpan, ModelInfo, OpeningAnswer, ServerInfo, ServerState
+from swarm.data_structures import AdapterInfo, AdapterRef, BlockSpan, ModelInfo, OpeningAnswer, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.errors import BadSpan, CacheFull, MissingBlocks, ModelNotServed, NetworkError, PeerTimeout
+from swarm.errors import AdapterNotServed, BadSpan, CacheFull, MissingBlocks, ModelNotServed, NetworkError, PeerTimeout
 from swarm.routing.router import FRESH_TIME, MAX_PINGS, Router, RouterConfig
 
 FINGERPRINT = "a" * 64
@@ -96,7 +96,7 @@ class FakePing:
 
 
 class World:
-    def __init__(self, records=(), models=(), num_blocks=30, rng=None, **settings):
+    def __init__(self, records=(), models=(), num_blocks=30, rng=None, look_up=None, **settings):
         self.clock = Clock()
         self.directory = FakeDirectory(records, models)
         self.ping = FakePing(self.directory)
@@ -109,6 +109,7 @@ class World:
             RouterConfig(**settings),
             clock=self.clock,
             rng=rng or random.Random(0),
+            look_up=look_up,
         )
 
     async def route(self, start=0, end=30, cache_tokens=100, **options):
@@ -568,17 +569,140 @@ async def test_an_error_in_the_background_harms_nobody():
 # --- adapters, and training -------------------------------------------------------------------------------------------
 
 
+FR, DE, IT = (AdapterRef(name, digest * 16) for name, digest in (("fr", "1"), ("de", "2"), ("it", "3")))
+HUB = AdapterRef("org/fr", "4" * 16)
+
+
+def having(*refs):
+    return tuple(AdapterInfo(ref.name, "lora", ref.digest) for ref in refs)
+
+
 async def test_only_servers_with_all_the_adapters_are_used():
     world = World(
         [
             record("none", 0, 30, throughput=99.0),
-            record("one", 0, 30, throughput=99.0, adapters=("fr",)),
-            record("both", 0, 30, adapters=("de", "fr", "es")),
+            record("one", 0, 30, throughput=99.0, adapters=having(FR)),
+            record("both", 0, 30, adapters=having(DE, FR, IT)),
         ]
     )
-    assert await world.route(adapters={"fr", "de"}) == [("both", "0:30")]
-    with pytest.raises(MissingBlocks, match=r"\(3 without the adapters\)"):
-        await world.route(adapters={"it"})
+    assert await world.route(adapters=[FR, DE]) == [("both", "0:30")]
+    assert await world.route(adapters=[FR, DE], mode="throughput") == [("both", "0:30")]
+
+
+async def test_other_contents_of_the_same_name_are_another_adapter():
+    world = World([record("A", 0, 30, adapters=having(FR._replace(digest="9" * 16)))])
+    with pytest.raises(
+        AdapterNotServed,
+        match=r"^blocks 0:30 have no server with adapter 'fr' \(digest 1{16}\); nobody else has it either, those of "
+        r"blocks 0:30 have another one of that name \(digest 9{16}\)$",
+    ):
+        await world.route(adapters=[FR])
+
+
+async def test_blocks_without_the_adapter_are_named():
+    world = World(
+        [record("A", 0, 10, adapters=having(FR)), record("B", 10, 30), record("C", 20, 30, adapters=having(FR))]
+    )
+    wanted = r"^blocks 10:20 have no server with adapter 'fr' \(digest 1{16}\); servers of blocks 0:10, 20:30 have it$"
+    with pytest.raises(AdapterNotServed, match=wanted):
+        await world.route(adapters=[FR])
+    with pytest.raises(AdapterNotServed, match=wanted):
+        await world.router.adapter("fr", BlockSpan(start=0, end=30))
+    # not only the adapter is missing
+    with pytest.raises(MissingBlocks, match=r"\(2 excluded, 1 without the adapters\)"):
+        await world.route(adapters=[FR], exclude={"A", "C"})
+
+
+async def test_no_server_with_all_the_adapters_of_the_rows():
+    world = World([record("A", 0, 30, adapters=having(FR)), record("B", 0, 30, adapters=having(DE))])
+    with pytest.raises(AdapterNotServed, match="servers that have each of the adapters 'fr', 'de': put rows"):
+        await world.route(adapters=[FR, DE])
+
+
+async def test_servers_with_the_adapter_may_only_be_full():
+    world = World([record("A", 0, 30, adapters=having(FR), cache=5), record("B", 0, 30)])
+    with pytest.raises(CacheFull, match="no server has cache for 100 tokens"):
+        await world.route(cache_tokens=100, adapters=[FR])
+
+
+async def test_servers_that_fetch_adapters_serve_those_of_the_hub():
+    world = World([record("A", 0, 30, throughput=99.0), record("B", 0, 30, fetches_adapters=True)])
+    assert await world.route(adapters=[HUB]) == [("B", "0:30")]
+    with pytest.raises(AdapterNotServed):
+        await world.route(adapters=[FR])
+
+
+async def test_an_adapter_is_found_by_its_name():
+    other = FR._replace(digest="0" * 16)
+    world = World(
+        [
+            record("A", 0, 20, throughput=10.0, adapters=having(FR, DE)),
+            record("B", 20, 30, throughput=10.0, adapters=having(FR)),
+            record("C", 0, 30, throughput=5.0, adapters=having(other)),
+            record("D", 0, 20, throughput=99.0, adapters=having(FR._replace(digest="7" * 16))),
+        ]
+    )
+    whole = BlockSpan(start=0, end=30)
+    assert await world.router.adapter("fr", whole) == FR  # not the quickest, which lacks blocks
+    assert (await world.router.adapter("fr", BlockSpan(start=0, end=20))).digest == "7" * 16
+    assert world.directory.reads == 1
+    with pytest.raises(AdapterNotServed, match=r"an adapter named 'it'; adapters that are there: 'de', 'fr'$"):
+        await world.router.adapter("it", whole)
+    assert world.directory.reads == 2
+
+
+async def test_of_equal_adapters_all_clients_take_the_same():
+    refs = [FR._replace(digest=digit * 16) for digit in "8361"]
+    world = World([record(f"P{at}", 0, 30, adapters=having(ref)) for at, ref in enumerate(refs)])
+    assert (await world.router.adapter("fr", BlockSpan(start=3, end=30))).digest == "1" * 16
+
+
+async def test_a_server_that_came_since_is_known_when_its_adapter_is_asked_for():
+    world = World([record("A", 0, 30)])
+    await world.route()
+    world.directory.records.append(record("B", 0, 30, adapters=having(FR)))
+    assert await world.router.adapter("fr", BlockSpan(start=0, end=30)) == FR
+
+
+async def test_adapters_of_servers_that_must_not_be_used_do_not_count():
+    world = World(
+        [record("A", 0, 30, throughput=99.0, adapters=having(FR)), record("B", 0, 30, adapters=having(DE))],
+        blocked_servers={"A"},
+    )
+    with pytest.raises(AdapterNotServed, match="no server has an adapter named 'fr'; adapters that are there: 'de'"):
+        await world.router.adapter("fr", BlockSpan(start=0, end=30))
+
+
+async def test_an_adapter_of_the_hub_that_nobody_has_yet_is_looked_up_once():
+    asked = []
+
+    def look_up(name):
+        asked.append(name)
+        return HUB
+
+    world = World([record("A", 0, 30), record("B", 10, 30, fetches_adapters=True)], look_up=look_up)
+    with pytest.raises(AdapterNotServed, match=r"^blocks 0:10 have no server with adapter 'org/fr' \(digest 4{16}\)"):
+        await world.router.adapter("org/fr", BlockSpan(start=0, end=30))
+    world.directory.records[0] = replace(record("A", 0, 30, fetches_adapters=True), expires=200.0)
+    assert await world.router.adapter("org/fr", BlockSpan(start=0, end=30)) == HUB
+    assert asked == ["org/fr"]
+    world.clock.now += 31  # it may have changed there
+    assert await world.router.adapter("org/fr", BlockSpan(start=0, end=30)) == HUB
+    assert asked == ["org/fr", "org/fr"]
+
+
+async def test_the_hub_is_not_asked_where_no_server_would_fetch():
+    world = World([record("A", 0, 30, adapters=having(DE))], look_up=None)
+    with pytest.raises(
+        AdapterNotServed,
+        match="named 'org/fr', and none fetches adapters of the hub; adapters that are there: 'de'",
+    ):
+        await world.router.adapter("org/fr", BlockSpan(start=0, end=30))
+
+
+async def test_no_servers_have_no_adapters():
+    with pytest.raises(ModelNotServed):
+        await World().router.adapter("fr", BlockSpan(start=0, end=30))
 
 
 async def test_training_puts_all_servers_to_work():

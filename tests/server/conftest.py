@@ -22,6 +22,7 @@ from swarm.errors import PeerUnreachable, SwarmError
 from swarm.node import Node, NodeConfig
 from swarm.protocol import ErrorReply, Message, OpenSession, RowSlice, SessionOpened, StepRequest, StepResult
 from swarm.rpc import FrameStream, open_stream
+from swarm.server.adapters.registry import AdapterRegistry
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine
 from swarm.server.handler import Handler
@@ -249,6 +250,14 @@ class World:
             state=ServerState.ONLINE, span=self.blocks, throughput=1.0, numerics="x", cache_tokens_left=5
         )
         self.changed = asyncio.Event()  # a session was opened or closed
+        self.registry = AdapterRegistry(
+            engine.span.base_blocks(None, FINGERPRINT),
+            engine.span.adapters,
+            engine.cache,
+            engine,
+            max_bytes=2**20,
+            max_adapter_bytes=2**20,
+        )
         self.handler = Handler(
             engine,
             SessionTable(engine.cache, on_change=self.changed.set),
@@ -259,6 +268,7 @@ class World:
             step_timeout=120.0,
             pass_timeout=120.0,
             max_pass_tokens=512,
+            adapters=self.registry,
         )
         self._clients: list[Client] = []
 

@@ -21,11 +21,11 @@ from hivemind.proto import runtime_pb2
 from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import (
+    AdapterNotHere,
     BadSpan,
     CacheFull,
     EngineError,
     MessageTooLarge,
-    NotSupported,
     PeerRefused,
     ProtocolError,
     SessionLost,
@@ -36,6 +36,7 @@ from swarm.node import Node, NodeConfig
 from swarm.protocol import (
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
+    AdapterRef,
     BlockProtocol,
     CloseSession,
     ErrorReply,
@@ -47,6 +48,7 @@ from swarm.protocol import (
     PushFailed,
     Relink,
     Relinked,
+    RowAdapters,
     RowSlice,
     SessionOpened,
     StepRequest,
@@ -136,11 +138,22 @@ async def test_questions_are_answered(world: World) -> None:
 # --- requests that are refused, after which the stream goes on -----------------------------------------------------
 
 
+FRENCH = AdapterRef("french", "12" * 8)
 BAD_OPENINGS: dict[str, tuple[dict[str, Any], type[SwarmError], str]] = {
     "other weights": ({"fingerprint": "cd" * 32}, PeerRefused, "serves weights abababababab, not the requested cdcd"),
     "blocks before": ({"span": BlockSpan(start=1, end=6)}, BadSpan, "holds blocks 2:6, not all of the requested 1:6"),
     "blocks behind": ({"span": BlockSpan(start=6, end=8)}, BadSpan, "not all of the requested 6:8"),
-    "an adapter": ({"adapters": ("french",)}, NotSupported, "holds no adapters"),
+    "an adapter": (
+        {"adapters": RowAdapters((FRENCH,), (0,))},
+        AdapterNotHere,
+        "this server has no adapter 'french'",
+    ),
+    "adapters for other rows": ({"adapters": RowAdapters((FRENCH,), (0, -1))}, ProtocolError, "adapters for 2 rows"),
+    "an adapter that it does not list": (
+        {"adapters": RowAdapters((FRENCH,), (1,))},
+        ProtocolError,
+        "a row has adapter 1, but 1 are named",
+    ),
     "too much cache": ({"num_rows": 100}, CacheFull, "room for 4032 more tokens"),
 }
 

@@ -1,14 +1,17 @@
 """The line of those who are about to open a session."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 from hivemind.proto import runtime_pb2
+from no_adapters import empty_registry
 
 from swarm.codecs import Codec
 from swarm.data_structures import MAX_OPENINGS, BlockSpan, OpeningAnswer, ServerInfo, ServerState
 from swarm.errors import PeerRefused
 from swarm.protocol import OPENING_QUESTION, OpenSession
+from swarm.server.adapters.registry import Lease
 from swarm.server.handler import Handler
 from swarm.server.openings import MAX_PER_PEER, PATIENCE, Openings
 from swarm.server.quotas import PeerQuotas, QuotaLimits
@@ -116,7 +119,7 @@ async def test_the_handler_keeps_the_line():
     fingerprint = "a" * 64
     handler = Handler(
         SimpleNamespace(span=SimpleNamespace(blocks=INFO.span)),
-        SimpleNamespace(open=lambda request, peer_id: "session"),
+        SimpleNamespace(open=lambda request, peer_id: SimpleNamespace(rows=[])),
         fingerprint=fingerprint,
         info=lambda: INFO,
         quotas=PeerQuotas(QuotaLimits()),
@@ -124,6 +127,7 @@ async def test_the_handler_keeps_the_line():
         step_timeout=1.0,
         pass_timeout=1.0,
         max_pass_tokens=64,
+        adapters=empty_registry(),
     )
 
     async def ask(peer, number):
@@ -140,13 +144,13 @@ async def test_the_handler_keeps_the_line():
             max_length=8,
             output_codec=Codec.FLOAT32,
         )
-        return handler.open_session(request, peer)
+        return handler.open_session(request, peer, Lease([], ExitStack()))
 
     await ask("A", 1)
     await ask("B", 2)
     with pytest.raises(PeerRefused):
         open_session("B", "b" * 64)
-    assert open_session("A", fingerprint) == "session"
+    assert open_session("A", fingerprint).rows == []
     assert await ask("C", 3) == OpeningAnswer(info=INFO, before=(key(2),), opened=(key(1),))
     plain = await handler.rpc_info(runtime_pb2.ExpertUID(), SimpleNamespace(remote_id="C"))
     assert ServerInfo.model_validate_json(plain.serialized_info) == INFO

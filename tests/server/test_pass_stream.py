@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from no_adapters import empty_registry
 
 from swarm import passes as messages
 from swarm.checkpoint import Checkpoint
 from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.errors import (
+    AdapterNotHere,
     BadSpan,
     EngineError,
     MessageTooLarge,
@@ -31,10 +33,12 @@ from swarm.errors import (
 )
 from swarm.passes import PassRequest, PassResult, TensorPart
 from swarm.protocol import (
+    AdapterRef,
     CloseSession,
     ErrorReply,
     Message,
     OpenSession,
+    RowAdapters,
     RowSlice,
     SessionOpened,
     StepRequest,
@@ -122,6 +126,7 @@ class Door:
             step_timeout=120.0,
             pass_timeout=120.0,
             max_pass_tokens=MAX_PASS_TOKENS,
+            adapters=empty_registry(),
         )
         self._serving: list[asyncio.Task[None]] = []
         self._streams: list[FrameStream] = []
@@ -321,12 +326,17 @@ async def test_many_passes_at_once(door: Door) -> None:
 
 # --- refused before a tensor is read ---------------------------------------------------------------------------------
 
+FRENCH = AdapterRef("french", "12" * 8)
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[SwarmError], str]] = {
     "other weights": ({"fingerprint": "cd" * 32}, PeerRefused, "serves weights abababababab, not the requested cdcd"),
     "blocks before": ({"span": BlockSpan(start=1, end=6)}, BadSpan, "holds blocks 2:6, not all of the requested 1:6"),
     "blocks behind": ({"span": BlockSpan(start=6, end=8)}, BadSpan, "not all of the requested 6:8"),
-    "an adapter": ({"adapters": ("french", None)}, NotSupported, "holds no adapters"),
-    "adapters for other rows": ({"adapters": (None,)}, ProtocolError, "1 adapters for 2 sequences"),
+    "an adapter": (
+        {"adapters": RowAdapters((FRENCH,), (0, -1))},
+        AdapterNotHere,
+        "this server has no adapter 'french'",
+    ),
+    "adapters for other rows": ({"adapters": RowAdapters((FRENCH,), (0,))}, ProtocolError, "adapters for 1 rows"),
     "too many tokens": (
         {"lengths": (600, 1), "hidden": meta(601)},
         MessageTooLarge,

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
-from swarm.errors import MessageTooLarge, ProtocolError
+from swarm.errors import MessageTooLarge, ProtocolError, UsageError
 from swarm.passes import PassRequest, PassResult, TensorPart
 from swarm.protocol import (
+    MAX_ADAPTERS,
     MAX_HEADER_BYTES,
     MAX_ROWS,
+    AdapterRef,
     CloseSession,
     ErrorReply,
     Message,
@@ -28,19 +30,23 @@ from swarm.protocol import (
     Relink,
     Relinked,
     Reorder,
+    RowAdapters,
     RowSlice,
     SessionOpened,
     SessionPrompts,
     StepRequest,
     StepResult,
     TensorMeta,
+    check_rows,
     pack,
+    row_adapters,
     unpack,
 )
 
 SESSION = "0123456789abcdef" * 2
 FINGERPRINT = "ab" * 32
 HIDDEN = TensorMeta(shape=(3, 64), codec=Codec.FLOAT32)
+FRENCH, GERMAN = AdapterRef("french", "0123456789abcdef"), AdapterRef("org/german", "fedcba9876543210")
 PEER, NEXT = "QmBefore", NextServer("QmBehind", "fedcba9876543210" * 2)
 OPEN = OpenSession(
     session_id=SESSION,
@@ -51,7 +57,7 @@ OPEN = OpenSession(
     output_codec=Codec.BLOCKWISE8,
     previous=PEER,
     next=NEXT,
-    adapters=(None, "french"),
+    adapters=row_adapters([None, FRENCH]),
 )
 STEP = StepRequest(
     step=7,
@@ -93,6 +99,7 @@ ALL = [
     Relinked(),
     OpenPush(session_id=SESSION),
     STEP,
+    STEP.model_copy(update={"time_left": 10**6}),
     StepRequest(step=0, rows=(RowSlice(0, 0, 3),), hidden=HIDDEN),
     RESULT,
     PushFailed(step=7, reason="nobody is there"),
@@ -101,7 +108,7 @@ ALL = [
     SessionPrompts(first=1, num_tokens=2, prompts=TensorMeta(shape=(6, 8), codec=Codec.FLOAT32)),
     PromptsTaken(),
     PASS,
-    PASS.model_copy(update={"prompts": HIDDEN, "gradient": HIDDEN, "adapters": ("one", None)}),
+    PASS.model_copy(update={"prompts": HIDDEN, "gradient": HIDDEN, "adapters": row_adapters([GERMAN, None])}),
     TensorPart(),
     PassResult(hidden=HIDDEN, queue_time=0, compute_time=10**6),
     PassResult(hidden=HIDDEN, prompts=HIDDEN, queue_time=2**60, compute_time=0),
@@ -152,7 +159,7 @@ def positions_of(message: Message, *more: Any, drop: int = 0) -> bytes:
 
 def test_a_message_without_its_last_fields_has_their_defaults() -> None:
     bare = STEP.model_copy(update={"reorder": None, "sent_at": 0, "push": 0})
-    assert unpack(positions_of(STEP, drop=3)) == bare
+    assert unpack(positions_of(STEP, drop=4)) == bare
 
 
 @pytest.mark.parametrize(
@@ -268,10 +275,56 @@ def test_no_fields_do_more_than_be_refused(message: Message, changes: dict[int, 
 
 def test_a_header_over_the_limit_is_not_packed() -> None:
     with pytest.raises(MessageTooLarge, match=rf"is over the limit of {MAX_HEADER_BYTES}"):
-        pack(OPEN.model_copy(update={"adapters": ("x" * MAX_HEADER_BYTES,)}))
+        pack(OPEN.model_copy(update={"previous": "x" * MAX_HEADER_BYTES}))
 
 
 def test_the_largest_step_is_within_the_limit() -> None:
     rows = tuple(RowSlice(MAX_ROWS - 1, 2**24, 2**24) for _ in range(MAX_ROWS))
     largest = STEP.model_copy(update={"rows": rows})
+    assert unpack(pack(largest)) == largest
+
+
+# --- adapters of rows -------------------------------------------------------------------------------------------------
+
+
+def test_each_adapter_of_the_rows_is_named_once() -> None:
+    refs = (GERMAN, None, FRENCH, GERMAN)
+    adapters = row_adapters(refs)
+    assert adapters == RowAdapters((GERMAN, FRENCH), (0, -1, 1, 0))
+    assert adapters.of_rows() == refs
+    assert adapters.of_row(2) == FRENCH
+    check_rows(adapters, 4)
+
+
+def test_rows_without_adapters_need_no_words() -> None:
+    assert row_adapters([None, None]) is None
+    check_rows(None, 2)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "complaint"),
+    [
+        (RowAdapters((FRENCH,), (0,)), "adapters for 1 rows, but there are 2"),
+        (RowAdapters((FRENCH,), (0, 0, 0)), "adapters for 3 rows, but there are 2"),
+        (RowAdapters((FRENCH,), (0, 1)), "a row has adapter 1, but 1 are named"),
+        (RowAdapters((), (0, -1)), "a row has adapter 0, but 0 are named"),
+        (RowAdapters((FRENCH, FRENCH), (0, 1)), "named twice"),
+    ],
+)
+def test_adapters_that_do_not_fit_the_rows_are_refused(adapters: RowAdapters, complaint: str) -> None:
+    with pytest.raises(ProtocolError, match=complaint):
+        check_rows(adapters, 2)
+
+
+def test_too_many_adapters_at_a_time_are_the_users_error() -> None:
+    refs = [AdapterRef(f"adapter{number}", f"{number:016x}") for number in range(MAX_ADAPTERS + 1)]
+    assert row_adapters(refs[1:]) is not None
+    with pytest.raises(UsageError, match="257 different adapters; at most 256"):
+        row_adapters(refs)
+
+
+def test_the_largest_session_with_adapters_is_within_the_limit() -> None:
+    refs = [AdapterRef(f"{number:064}", f"{number:016x}") for number in range(MAX_ADAPTERS)]
+    adapters = row_adapters([refs[row % MAX_ADAPTERS] for row in range(MAX_ROWS)])
+    largest = OPEN.model_copy(update={"num_rows": MAX_ROWS, "adapters": adapters})
     assert unpack(pack(largest)) == largest

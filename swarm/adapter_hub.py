@@ -1,0 +1,33 @@
+"""Which contents an adapter on the Hugging Face hub has: its digest, without its weights where the hub knows theirs."""
+
+from __future__ import annotations
+
+from .adapter_files import FORMATS, choose_files, combined_digest
+from .data_structures import AdapterRef
+from .errors import AdapterError, ModelNotFound
+from .fingerprint import file_sha256
+from .hub import find_on_hub
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether an adapter of this name may be on the hub: "organisation/name"."""
+    return "/" in name
+
+
+def find_adapter(name: str, token: str | None = None) -> AdapterRef:
+    """The adapter that the hub has under this name now. Asks the hub, and fetches the configuration.
+
+    The weights are fetched only if the hub does not say their sha256.
+    Raises AdapterError if the hub cannot be reached, or has no adapter of this name.
+    """
+    try:
+        files, present = find_on_hub(name, None, token)
+        chosen = choose_files(present)
+        if chosen is None:
+            wanted = " or ".join(f"{config} with {weights[0]}" for config, weights in FORMATS.items())
+            raise AdapterError(f"{name} on the hub is no adapter: it has no {wanted}")
+        config, weights = chosen
+        digests = [file_sha256(files.path(config)), files.digest(weights)]
+    except ModelNotFound as error:
+        raise AdapterError(f"cannot find adapter {name!r} on the hub: {error}") from error
+    return AdapterRef(name, combined_digest(digests))
