@@ -22,6 +22,7 @@ from torch import nn
 
 from ..batch import RowChunk
 from ..kv_cache import KVCache
+from ..speed_store import SpeedKey, device_to_ourselves, recall_costs, remember_costs
 from .applied import MOST_PADDED, Adapter
 from .base import is_linear
 from .cost_model import FORMS, AdapterCosts, Extent, FormCosts, MeasuredCosts, Sample, extents_of, fit
@@ -52,6 +53,20 @@ _BATCHES = (((1, 1), (8, 1), (1, 32), (4, 8), (4, 16)), ((8, 1), (4, 16)))
 #: The two sizes: ranks, and the share of weights that are sparse entries. Vectors have one.
 _RANKS = (8, 32)
 _DENSITIES = (0.002, 0.01)
+
+
+def known_or_measured_costs(span: Span, most_tokens: int, key: SpeedKey) -> AdapterCosts:
+    """The stored costs of such a span on such a device, else measured ones, which are stored if all forms are in them.
+
+    What was stored may be of other times: it is the proportions that decide what is put together. See `profile`.
+    """
+    if (known := recall_costs(key)) is not None:
+        return AdapterCosts(known)
+    with device_to_ourselves(span.device):
+        costs = profile(span, most_tokens)
+    if not costs.measured.not_measured:
+        remember_costs(key, costs.measured)
+    return costs
 
 
 def profile(span: Span, most_tokens: int, budget: float = BUDGET, rounds: int = _MOST_ROUNDS) -> AdapterCosts:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from swarm.server.adapters import costs as costs_module
 from swarm.server.adapters.cost_model import (
     FORMS,
     AdapterCosts,
@@ -20,7 +22,7 @@ from swarm.server.adapters.cost_model import (
     fit,
     time_of,
 )
-from swarm.server.adapters.costs import _plausible, profile
+from swarm.server.adapters.costs import _plausible, known_or_measured_costs, profile
 from swarm.server.adapters.forms import (
     AdapterForms,
     BlockForms,
@@ -34,6 +36,7 @@ from swarm.server.adapters.scheduling import Query, batch_time
 from swarm.server.batch import RowChunk
 from swarm.server.kv_cache import KVCache
 from swarm.server.span import Span
+from swarm.server.speed_store import SpeedKey
 
 TOGETHER = 4
 EXTENTS = (Extent(4, 4096, 512), Extent(4, 65536, 512), Extent(2, 8192, 2048))
@@ -137,3 +140,22 @@ def test_what_there_is_no_time_for_is_named(tiny_span: Span, caplog: pytest.LogC
     assert costs.measured.not_measured == list(FORMS)
     assert "low rank, sparse, vector, bottleneck, norm not measured" in caplog.text
     assert costs.shared_time(10) > 0
+
+
+def test_costs_are_measured_once(tiny_span: Span, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PETSWARM_CACHE", str(tmp_path))
+    calls: list[int] = []
+
+    def measured(span: Span, most_tokens: int) -> AdapterCosts:
+        calls.append(most_tokens)
+        forms = {form: FormCosts(launch=1e-5) for form in FORMS[: len(FORMS) - 2 + len(calls)]}
+        return AdapterCosts(MeasuredCosts([(1, 0.5), (8, 1.0)], 0.25, forms, TOGETHER))
+
+    monkeypatch.setattr(costs_module, "profile", measured)
+    key = SpeedKey.here("a" * 64, "cpu-float32", 8, torch.device("cpu"))
+    found = [known_or_measured_costs(tiny_span, 64, key) for _ in range(4)]
+    assert len(calls) == 2  # the first one lacked a form
+    assert found[1].measured == replace(found[2].measured, shared=[(1, 0.5), (8, 1.0)])
+    assert found[2].shared_time(8) == found[1].shared_time(8) == 1.0
+    assert known_or_measured_costs(tiny_span, 64, key.model_copy(update={"threads": 99})) is not None
+    assert len(calls) == 3
