@@ -209,8 +209,9 @@ class NormSite(Site[NormForm]):
         for name in plan.vectors:
             vectors = plan.vector(name, tokens)
             assert vectors is not None
-            if vectors.dim() > 1:  # [tokens, size], against [1, tokens, (heads,) size]
-                vectors = vectors.view(-1, *[1] * (input.dim() - 3), vectors.shape[1])
+            if vectors.dim() > 1:  # [tokens, size], against [1, tokens, size], and with heads before or behind them
+                axis = _axis_of_tokens(input, tokens)
+                vectors = vectors.view(-1, *[1] * (input.dim() - 2 - axis), vectors.shape[1])
             own[name] = vectors
         norm = self._module
         if not isinstance(norm, nn.LayerNorm):
@@ -233,6 +234,14 @@ def _call_with(
         return plain(input)
     finally:
         module._parameters.update(saved)
+
+
+def _axis_of_tokens(input: torch.Tensor, tokens: TokenMap) -> int:
+    """input: [1, tokens, size], or what stands so in memory: [1, tokens, heads, size] or [1, heads, tokens, size]."""
+    axis = max(range(input.dim() - 1), key=lambda axis: (input.shape[axis] > 1, input.stride(axis)))
+    if input.shape[axis] != tokens.num_tokens:
+        raise RuntimeError(f"a norm with adapters sees {list(input.shape)}, not {tokens.num_tokens} tokens")
+    return axis
 
 
 def _rows_of(hidden: torch.Tensor, tokens: TokenMap) -> torch.Tensor:
