@@ -33,21 +33,28 @@ class Site(Generic[SiteForm]):
     def __init__(self, module: nn.Module, active: ActiveBatch):
         self._active = active
         self._module = module
-        self._plain: Callable[..., Any] = module.forward
         self._forms: dict[Hashable, SiteForm] = {}
         self._groups: dict[Hashable, Group[Any]] = {}
         self._planned_for: frozenset[Hashable] | None = None
         self._plan: Plan | None = None
-        module.forward = self._forward  # found before the class's own
+        outer = _site_around(module)
+        if isinstance(outer, BottleneckSite):  # which reads what this one makes of the module's output
+            self._plain: Callable[..., Any] = outer._plain
+            outer._plain = self._forward
+        else:
+            self._plain = module.forward
+            module.forward = self._forward  # found before the class's own
 
-    def restore(self) -> bool:
-        """False while another site of the same module is wrapped around this one, which then lets everything pass."""
-        if self._module.__dict__["forward"] != self._forward:
-            return False
+    def restore(self) -> None:
+        """The module, and another site around it, are as if this one had not been."""
+        outer = _site_around(self._module)
+        assert outer is not None
+        if outer is not self:
+            outer._plain = self._plain
+            return
         del self._module.forward
         if isinstance(getattr(self._plain, "__self__", None), Site):
             self._module.forward = self._plain
-        return True
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +111,12 @@ class Site(Generic[SiteForm]):
     ) -> Operation | None:
         own = {adapter: vector for adapter, form in forms.items() if (vector := getattr(form, name)) is not None}
         return self._group(name, own, lambda: Vectors(neutral())) if own else None
+
+
+def _site_around(module: nn.Module) -> Site[Any] | None:
+    """The outermost one."""
+    site = getattr(vars(module).get("forward"), "__self__", None)
+    return site if isinstance(site, Site) else None
 
 
 class Operation(NamedTuple):
