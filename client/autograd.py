@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from swarm.data_structures import BlockSpan
+from swarm.data_structures import AdapterRef, BlockSpan
 from swarm.errors import (
+    AdapterNotHere,
+    AdapterNotServed,
     EngineError,
     MessageTooLarge,
     NetworkError,
@@ -28,7 +30,7 @@ from swarm.errors import (
 )
 from swarm.node import NodeThread
 from swarm.passes import MAX_PASS_TOKENS
-from swarm.protocol import MAX_ROWS
+from swarm.protocol import MAX_ROWS, RowAdapters, row_adapters
 from swarm.routing.chain import Chain, ChainLink
 from swarm.routing.router import Mode
 from swarm.tensors import DTYPES, all_finite
@@ -50,7 +52,15 @@ MAX_PARTS_AT_ONCE = 8
 class ChainFinder(Protocol):
     """What passes need of the router."""
 
-    async def find_chain(self, span: BlockSpan, *, cache_tokens: int, mode: Mode) -> Chain: ...
+    async def find_chain(
+        self,
+        span: BlockSpan,
+        *,
+        cache_tokens: int,
+        mode: Mode,
+        exclude: Collection[str],
+        adapters: Collection[AdapterRef],
+    ) -> Chain: ...
 
     def report_failure(self, peer_id: str) -> None: ...
 
@@ -68,33 +78,46 @@ class Passes:
         self._have_worked = False
 
     def run_blocks(
-        self, span: BlockSpan, hidden: torch.Tensor, lengths: Sequence[int], prompts: torch.Tensor | None
+        self,
+        span: BlockSpan,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        prompts: torch.Tensor | None,
+        adapters: RowAdapters | None = None,
     ) -> torch.Tensor:
         """Whole sequences through blocks `span`; gradients reach `hidden` and `prompts`.
 
         hidden: [sum(lengths), hidden_size], float32, float16 or bfloat16, sequences side by side.
         prompts: deep prompts, [blocks, prompt tokens, hidden_size], or None; sent in the dtype of `hidden`.
+        adapters: of the sequences.
         Returns the shape and dtype of `hidden`, on the CPU.
 
         Raises UsageError for input that cannot be sent, and like `Retries` where servers fail for too long.
         """
         _check(span, hidden, lengths, prompts)
         if torch.is_grad_enabled() and (hidden.requires_grad or (prompts is not None and prompts.requires_grad)):
-            output: torch.Tensor = _RemotePass.apply(self, span, tuple(lengths), hidden, prompts)
+            output: torch.Tensor = _RemotePass.apply(self, span, tuple(lengths), hidden, prompts, adapters)
             return output
-        return self.forward(span, hidden, lengths, prompts)[0]
+        return self.forward(span, hidden, lengths, prompts, adapters)[0]
 
     def forward(
-        self, span: BlockSpan, hidden: torch.Tensor, lengths: Sequence[int], prompts: torch.Tensor | None
+        self,
+        span: BlockSpan,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        prompts: torch.Tensor | None,
+        adapters: RowAdapters | None,
     ) -> tuple[torch.Tensor, list[_Part]]:
         """The output, and what its backward pass needs."""
         sent = hidden.detach().cpu()
         shared = None if prompts is None else prompts.detach().to("cpu", hidden.dtype)
-        parts, first = [], 0
+        refs = (None,) * len(lengths) if adapters is None else adapters.of_rows()
+        parts, first, row = [], 0, 0
         for part_lengths in split_rows(lengths):
-            size = sum(part_lengths)
-            parts.append(_Part(self, span, part_lengths, sent[first : first + size], shared))
-            first += size
+            size, next_row = sum(part_lengths), row + len(part_lengths)
+            own_adapters = row_adapters(refs[row:next_row])
+            parts.append(_Part(self, span, part_lengths, sent[first : first + size], shared, own_adapters))
+            first, row = first + size, next_row
         outputs = self._all([part.forward() for part in parts])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs), parts
 
@@ -112,20 +135,35 @@ class Passes:
     def _all(self, work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
         return self._thread.run(_side_by_side(work))
 
-    async def find_chain(self, span: BlockSpan, retries: Retries, failed: dict[str, EngineError]) -> Chain:
+    async def find_chain(
+        self,
+        span: BlockSpan,
+        retries: Retries,
+        failed: dict[str, EngineError],
+        adapters: Collection[AdapterRef] = (),
+        lacking: dict[str, AdapterNotHere] | None = None,
+    ) -> Chain:
         """Missing blocks are waited for if blocks were there before: their servers may come back, or be banned only.
 
         failed: servers that could not compute this very pass. Where nobody else is left they are asked again, and the
         error in the end is theirs: the input may be what overflows, or is too long.
+        lacking: servers that lack one of the adapters, whatever they announced. The same goes for them.
         """
+        lacking = {} if lacking is None else lacking
         while True:
             try:
-                return await self._router.find_chain(span, cache_tokens=0, mode="throughput")
+                return await self._router.find_chain(
+                    span, cache_tokens=0, mode="throughput", exclude=set(lacking), adapters=adapters
+                )
             except (RoutingError, NetworkError) as error:
                 reason: SwarmError = error
                 if failed:
                     *_, reason = failed.values()
                     self.acquit(failed)
+                elif lacking:
+                    said = "; ".join(sorted({str(one) for one in lacking.values()}))
+                    reason = AdapterNotServed(f"no server of blocks {span} has the adapters of the batch ({said})")
+                    lacking.clear()
                 elif not self._have_worked:
                     raise
                 await retries.after(reason, wait=True)
@@ -138,7 +176,7 @@ class Passes:
 
     def blame(self, link: ChainLink, error: SwarmError) -> None:
         logger.warning("server %s failed in a pass through blocks %s: %s", link.peer_id, link.span, error)
-        if not isinstance(error, (SessionLost, *NO_ROOM)):
+        if not isinstance(error, (SessionLost, AdapterNotHere, *NO_ROOM)):
             self._router.report_failure(link.peer_id)
 
     def acquit(self, failed: dict[str, EngineError]) -> None:
@@ -172,8 +210,11 @@ class _Part:
         lengths: Sequence[int],
         hidden: torch.Tensor,
         prompts: torch.Tensor | None,
+        adapters: RowAdapters | None,
     ):
         self.lengths = lengths
+        self._adapters = adapters
+        self._lacking: dict[str, AdapterNotHere] = {}  # what servers without an adapter said, by peer
         self._passes = passes
         self._span = span
         self._hidden = hidden
@@ -193,7 +234,8 @@ class _Part:
         todo = list(self._hops)
         while todo:
             hop = todo.pop()
-            work = PassInput(self.lengths, hop.inputs, self._prompts_of(hop.link.span), gradient.contiguous())
+            prompts = self._prompts_of(hop.link.span)
+            work = PassInput(self.lengths, hop.inputs, prompts, gradient.contiguous(), self._adapters)
             try:
                 output = await self._passes.run(hop.link, work)
             except (*SERVER_FAULTS, *NO_ROOM) as error:
@@ -214,21 +256,25 @@ class _Part:
         only_inputs: it is enough to know what each of them is given, so the last one need not run.
         """
         done = list[_Hop]()
-        todo = list(await self._passes.find_chain(span, retries, self._failed))
+        todo = list(await self._find_chain(span, retries))
         while todo:
             link = todo.pop(0)
             if only_inputs and not todo:
                 return (*done, _Hop(link, hidden)), hidden
-            work = PassInput(self.lengths, hidden, self._prompts_of(link.span))
+            work = PassInput(self.lengths, hidden, self._prompts_of(link.span), adapters=self._adapters)
             try:
                 output = await self._passes.run(link, work)
             except (*SERVER_FAULTS, *NO_ROOM) as error:
                 await self._before_retry(link, error, retries)
-                todo = [*await self._passes.find_chain(link.span, retries, self._failed), *todo]
+                todo = [*await self._find_chain(link.span, retries), *todo]
                 continue
             done.append(_Hop(link, hidden))
             hidden = output.hidden
         return tuple(done), hidden
+
+    async def _find_chain(self, span: BlockSpan, retries: Retries) -> Chain:
+        adapters = () if self._adapters is None else self._adapters.adapters
+        return await self._passes.find_chain(span, retries, self._failed, adapters, self._lacking)
 
     async def _before_retry(self, link: ChainLink, error: SwarmError, retries: Retries) -> None:
         # A row over the usual limit cannot be cut. Some servers may take it; those that do not are not at fault.
@@ -236,6 +282,10 @@ class _Part:
             self._passes.blame(link, error)
         if isinstance(error, EngineError):
             self._failed[link.peer_id] = error
+        if isinstance(error, AdapterNotHere):
+            self._lacking[link.peer_id] = error
+            retries.uncounted(error)  # fewer servers are left with each of these
+            return
         try:
             await retries.after(error, wait=isinstance(error, NO_ROOM))
         except SwarmError:
@@ -257,10 +307,11 @@ class _RemotePass(torch.autograd.Function):
         lengths: Sequence[int],
         hidden: torch.Tensor,
         prompts: torch.Tensor | None,
+        adapters: RowAdapters | None,
     ) -> torch.Tensor:
         # A copy: whoever changes these in place, an optimiser say, must not change what the backward pass sends again.
         own_prompts = None if prompts is None else prompts.detach().clone()
-        output, parts = passes.forward(span, hidden.detach().clone(), lengths, own_prompts)
+        output, parts = passes.forward(span, hidden.detach().clone(), lengths, own_prompts, adapters)
         ctx.passes, ctx.parts = passes, parts
         ctx.hidden_device = hidden.device
         ctx.prompts_like = None if prompts is None else (prompts.device, prompts.dtype)
@@ -274,7 +325,7 @@ class _RemotePass(torch.autograd.Function):
             )
         found = ctx.passes.backward(ctx.parts, gradient.cpu())
         prompts = None if found.prompts is None else found.prompts.to(*ctx.prompts_like)
-        return None, None, None, found.hidden.to(ctx.hidden_device), prompts
+        return None, None, None, found.hidden.to(ctx.hidden_device), prompts, None
 
 
 def split_rows(lengths: Sequence[int], max_tokens: int = MAX_PASS_TOKENS, max_rows: int = MAX_ROWS) -> list[list[int]]:

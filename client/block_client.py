@@ -34,6 +34,7 @@ from swarm.protocol import (
     PushFailed,
     Relink,
     Relinked,
+    RowAdapters,
     SessionOpened,
     SessionPrompts,
     StepRequest,
@@ -75,7 +76,7 @@ class SpanOutput:
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """What a server is asked to reserve, and who stands beside it in the chain."""
+    """What a server is asked to reserve, who stands beside it in the chain, and which adapters the rows have."""
 
     session_id: str
     num_rows: int
@@ -84,6 +85,7 @@ class SessionSpec:
     output_codec: Codec
     previous: str | None = None
     next: NextServer | None = None
+    adapters: RowAdapters | None = None
 
 
 @dataclass
@@ -200,6 +202,7 @@ class SwarmBlockClient:
             output_codec=spec.output_codec,
             previous=spec.previous,
             next=spec.next,
+            adapters=spec.adapters,
         )
         try:
             await span.start(request)

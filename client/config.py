@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from swarm.data_structures import AdapterName
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -19,6 +21,9 @@ class ClientConfig(BaseModel):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the client's embeddings and head, and of what it sends. "auto": as stored in the checkpoint."""
+
+    active_adapter: AdapterName | None = None
+    """Of rows of which a call says nothing else; `model.set_adapter` changes it. None: the base model alone."""
 
     show_route: bool = False
     """Print the chain of servers whenever a session takes or changes it."""

@@ -8,9 +8,10 @@ import torch
 
 from swarm.architectures import num_blocks
 from swarm.checkpoint import Checkpoint
-from swarm.data_structures import BlockSpan
+from swarm.data_structures import AdapterRef, BlockSpan
 from swarm.dht import Directory
 from swarm.node import NodeConfig, NodeThread
+from swarm.protocol import RowAdapters
 from swarm.routing.router import Router, RouterConfig
 from swarm.rpc import timed_info, upload_rate
 
@@ -75,6 +76,7 @@ class SwarmConnection:
         max_length: int,
         bytes_per_token: int,
         prompts: torch.Tensor | None = None,
+        adapters: RowAdapters | None = None,
     ) -> InferenceSession:
         return InferenceSession(
             self.thread,
@@ -87,4 +89,9 @@ class SwarmConnection:
             max_length=max_length,
             bytes_per_token=bytes_per_token,
             prompts=prompts,
+            adapters=adapters,
         )
+
+    def find_adapter(self, name: str, span: BlockSpan) -> AdapterRef:
+        """The adapter of this name that the servers of `span` have. Raises AdapterNotServed, AdapterError."""
+        return self.thread.run(self.router.adapter(name, span))

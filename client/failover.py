@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from swarm.data_structures import BlockSpan
 from swarm.errors import (
+    AdapterNotHere,
+    AdapterNotServed,
     CacheFull,
     EngineError,
     MissingBlocks,
@@ -26,6 +28,7 @@ from swarm.errors import (
     SessionLost,
     SwarmError,
 )
+from swarm.protocol import RowAdapters
 from swarm.routing.chain import Chain, ChainLink
 from swarm.routing.router import Router
 
@@ -78,8 +81,11 @@ class Failover:
         *,
         num_rows: int,
         max_length: int,
+        adapters: RowAdapters | None = None,
     ):
-        self.takeover = Takeover(client, config, links, num_rows, max_length, blame=self._report)
+        """adapters: of the session's rows; every server of its chain needs all of them."""
+        self.takeover = Takeover(client, config, links, num_rows, max_length, self._report, adapters)
+        self._adapters = () if adapters is None else adapters.adapters
         self._router = router
         self._config = config
         self._num_rows = num_rows
@@ -88,6 +94,8 @@ class Failover:
         self._suspects = Suspects(self._report, config.hang_timeout)
         #: servers without room for this session, and what they said
         self._full: dict[str, str] = {}
+        #: servers that lack an adapter of this session, whatever they announced, and what they said
+        self._lacking: dict[str, str] = {}
         self.replacements: list[Replacement] = []
 
     def retries(self) -> Retries:
@@ -199,7 +207,7 @@ class Failover:
                 self._router.report_success(hop.link.peer_id)
 
     async def _before_retry(self, retries: Retries, error: SwarmError) -> None:
-        if isinstance(error, NO_ROOM) and self._full:
+        if (isinstance(error, NO_ROOM) and self._full) or (isinstance(error, AdapterNotHere) and self._lacking):
             retries.uncounted(error)  # servers are left that we did not ask yet
         else:
             await retries.after(error, wait=not isinstance(error, SERVER_FAULTS))
@@ -252,17 +260,24 @@ class Failover:
                 gap.span,
                 cache_tokens=cache_tokens,
                 numerics=None if lost is None else lost.link.numerics,
-                exclude={*self._full, *exclude},
+                exclude={*self._full, *self._lacking, *exclude},
+                adapters=self._adapters,
                 source=None if gap.before is None else gap.before.link.peer_id,
                 sink=None if gap.after is None else gap.after.link.peer_id,
                 urgent=urgent,
             )
         except (RoutingError, CacheFull) as error:
-            if not self._full:
-                raise
-            said = "; ".join(sorted(set(self._full.values())))
-            self._full.clear()  # ask them again after a pause: sessions end all the time
-            raise CacheFull(f"no server of blocks {gap.span} has room for the session ({said}): {error}") from error
+            full, lacking = _join(self._full), _join(self._lacking)
+            # Ask them again after a pause: sessions end all the time, and adapters are loaded.
+            self._full.clear()
+            self._lacking.clear()
+            if full:
+                raise CacheFull(f"no server of blocks {gap.span} has room for the session ({full}): {error}") from error
+            if lacking:
+                raise AdapterNotServed(
+                    f"no server of blocks {gap.span} has the session's adapters ({lacking}): {error}"
+                ) from error
+            raise
 
     async def _wait_in_line(self, hop: Hop, error: SwarmError, retries: Retries | None) -> bool:
         """Whether a server that failed in a replay shall be asked again, after a pause; else it is lost as well."""
@@ -278,7 +293,8 @@ class Failover:
                 link.span,
                 cache_tokens=self._num_rows * self._max_length,
                 numerics=link.numerics,
-                exclude={*self._full, link.peer_id},
+                exclude={*self._full, *self._lacking, link.peer_id},
+                adapters=self._adapters,
                 urgent=True,
             )
         except (RoutingError, NetworkError, CacheFull):
@@ -293,10 +309,12 @@ class Failover:
             self._report(hop.link, error)
 
     def _report(self, link: ChainLink, error: SwarmError) -> None:
-        """Blame a server for its failure. A full one is only asked after others, one that lost a session may open
-        it anew."""
+        """Blame a server for its failure. A full one is only asked after others, and so is one without an adapter; one
+        that lost a session may open it anew."""
         if isinstance(error, NO_ROOM):
             self._full[link.peer_id] = str(error)
+        elif isinstance(error, AdapterNotHere):
+            self._lacking[link.peer_id] = str(error)
         elif not isinstance(error, SessionLost):
             self._router.report_failure(link.peer_id)
 
@@ -312,3 +330,7 @@ class Failover:
         if not self._warned_of.issuperset(others):
             self._warned_of.update(others)
             logger.warning("%s: tokens may differ from here on", text)
+
+
+def _join(said: dict[str, str]) -> str:
+    return "; ".join(sorted(set(said.values())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import CacheFull, SessionTooLong, UsageError
 from swarm.node import NodeThread
-from swarm.protocol import Reorder, RowSlice
+from swarm.protocol import Reorder, RowAdapters, RowSlice
 from swarm.routing.chain import Chain
 from swarm.routing.router import Router
 from swarm.tensors import DTYPES, all_finite, encode, lossless_codec
@@ -61,9 +62,10 @@ class InferenceSession:
         max_length: int,
         bytes_per_token: int,
         prompts: torch.Tensor | None = None,
+        adapters: RowAdapters | None = None,
     ):
         """prompts: deep prompts, [blocks, prompt tokens, hidden_size]: before each block, its own are added to the
-        hidden states of the first tokens of every row."""
+        hidden states of the first tokens of every row. adapters: of the rows, on every server."""
         history_bytes = num_rows * max_length * bytes_per_token
         if history_bytes > config.max_history_bytes:
             raise UsageError(
@@ -80,7 +82,10 @@ class InferenceSession:
         self._router = router
         self._config = config
         self._links = links
-        self._failover = Failover(router, client, config, links, num_rows=num_rows, max_length=max_length)
+        self.adapters = adapters
+        self._failover = Failover(
+            router, client, config, links, num_rows=num_rows, max_length=max_length, adapters=adapters
+        )
         if prompts is not None:
             check_prompts(prompts, span)
             self._failover.takeover.prompts = DeepPrompts(span, prompts.detach().cpu())
@@ -118,6 +123,21 @@ class InferenceSession:
     def chain(self) -> Chain:
         """The servers that hold this session, in order. Empty before the first step."""
         return tuple(hop.link for hop in self._hops)
+
+    @property
+    def deadline(self) -> float | None:
+        """When answers are wanted, in seconds of `time.monotonic`; None: no hurry. May be set at any time.
+
+        Each step tells its servers how much time is left, and among steps that wait for a device, those with less of
+        it go first. It is a wish: nothing fails because it is late.
+        """
+        return self._failover.takeover.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float | None) -> None:
+        if deadline is not None and not math.isfinite(deadline):
+            raise UsageError(f"a deadline of {deadline}: give seconds of time.monotonic(), or None")
+        self._failover.takeover.deadline = deadline
 
     @property
     def replacements(self) -> list[Replacement]:
@@ -166,6 +186,10 @@ class InferenceSession:
         """Row i becomes a copy of what row `sources[i]` is now, as beam search asks. Done with the next step."""
         if len(sources) != self.num_rows or any(not 0 <= source < self.num_rows for source in sources):
             raise UsageError(f"cannot reorder {self.num_rows} rows as {list(sources)}")
+        if self.adapters is not None:
+            for row, source in enumerate(sources):
+                if self.adapters.of_row(row) != self.adapters.of_row(source):
+                    raise UsageError(f"row {row} cannot become a copy of row {source}, which has another adapter")
         if self._pending is None:
             self._pending = _Reordering(next(self._reorder_numbers), tuple(sources), tuple(self.lengths))
         elif self._pending.sent:

@@ -11,6 +11,7 @@ from torch import nn
 
 from swarm.data_structures import BlockSpan
 from swarm.errors import UsageError
+from swarm.protocol import RowAdapters
 
 from .cache import RemoteCache
 from .remote_blocks import RemoteBlocks, refuse_local_cache
@@ -55,10 +56,10 @@ class BlocksWithModules(nn.Module):
         modules = {**self._modules_by_block(), block: module}
         self.inserted = nn.ModuleDict({str(block): modules[block] for block in sorted(modules)})
 
-    def open_session(self, num_rows: int, max_length: int) -> SplitSession:
-        """One cache for all blocks. Raises what opening a session raises."""
+    def open_session(self, num_rows: int, max_length: int, adapters: RowAdapters | None = None) -> SplitSession:
+        """One cache for all blocks. adapters: of its rows. Raises what opening a session raises."""
         with ExitStack() as opened:
-            parts = [opened.enter_context(run.open_session(num_rows, max_length)) for run, _ in self._runs()]
+            parts = [opened.enter_context(run.open_session(num_rows, max_length, adapters)) for run, _ in self._runs()]
             opened.pop_all()
         return SplitSession(parts)
 

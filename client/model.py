@@ -21,7 +21,7 @@ from .config import ClientConfig
 from .connection import SwarmConnection
 from .few_rows import speed_up_few_rows
 from .peft_targets import remote_module_names
-from .swarm_model import SwarmModelMixin
+from .swarm_model import swarm_model_class
 
 
 class AutoSwarmModelForCausalLM:
@@ -41,7 +41,7 @@ class AutoSwarmModelForCausalLM:
 
         Its weights are frozen: what is trained comes on top. initial_peers: multiaddresses of live peers; any one
         suffices. Other keywords are fields of `ClientConfig`.
-        Raises ModelNotFound, BadAddress, JoinFailed, ModelNotServed, NotSupported, UsageError.
+        Raises ModelNotFound, BadAddress, JoinFailed, ModelNotServed, AdapterNotServed, NotSupported, UsageError.
         """
         config = _client_config(initial_peers, settings)
         checkpoint = open_checkpoint(os.fspath(model), revision=revision, token=token)
@@ -138,14 +138,14 @@ def _connected_model(
         if model_class is not architecture.causal_class:
             own_names = {name for name in own_names if not name.startswith("lm_head.")}
         dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
-        mixed = type(f"Swarm{model_class.__name__}", (SwarmModelMixin, model_class), {"__module__": __name__})
         with quiet_loading():
-            local = mixed.from_pretrained(  # type: ignore[attr-defined]
+            local = swarm_model_class(model_class).from_pretrained(
                 None, config=model_config, state_dict=checkpoint.read(own_names), dtype=dtype
             )
         local.name_or_path = checkpoint.source  # what tools such as peft load its configuration from
         local.eval().requires_grad_(False)
         local._connect(connection, architecture, remote_module_names(architecture, names))
+        local.set_adapter(config.active_adapter)
     except BaseException:
         connection.thread.stop()
         raise

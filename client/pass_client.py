@@ -17,7 +17,7 @@ from swarm.errors import (
 )
 from swarm.node import Node
 from swarm.passes import PASS_STREAM, PassRequest, PassResult, TensorPart, parts_of, tensor_bytes
-from swarm.protocol import ErrorReply, TensorMeta
+from swarm.protocol import ErrorReply, RowAdapters, TensorMeta
 from swarm.routing.chain import ChainLink
 from swarm.rpc import FrameStream, open_stream, ping
 from swarm.tensors import all_finite, decode, encode, lossless_codec
@@ -33,12 +33,14 @@ class PassInput:
 
     hidden: [sum(lengths), hidden_size]. prompts: [blocks of the span, prompt tokens, hidden_size] or None.
     gradient: of the output, in the shape of `hidden`; None for a forward pass. All of one dtype, on the CPU.
+    adapters: of the sequences.
     """
 
     lengths: Sequence[int]
     hidden: torch.Tensor
     prompts: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
+    adapters: RowAdapters | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class SwarmPassClient:
             hidden=next(metas),
             prompts=None if prompts is None else next(metas),
             gradient=None if work.gradient is None else next(metas),
+            adapters=work.adapters,
         )
         async with _beside(self._send(stream, request, [data for _, data in sent])):
             message, size = await stream.receive_header()  # it need not read all before it refuses

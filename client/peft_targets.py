@@ -37,9 +37,10 @@ def remote_module_names(architecture: Architecture, tensor_names: Iterable[str])
 
 def refuse_remote_module(name: str) -> NoReturn:
     raise NotSupported(
-        f"{name} is on servers of the swarm, so no adapter (LoRA, IA3, ...) can be put into it from here; adapters in "
-        "remote blocks come later. What trains here: soft and deep prompts, modules between blocks (insert_after), "
-        "heads, and adapters in lm_head or embed_tokens (target_modules=['lm_head'])"
+        f"{name} is on servers of the swarm, so no adapter (LoRA, IA3, ...) can be put into it from here. One that was "
+        "trained elsewhere can be served (run-server --adapters) and used (model.set_adapter). What trains here: soft "
+        "and deep prompts, modules between blocks (insert_after), heads, and adapters in lm_head or embed_tokens "
+        "(target_modules=['lm_head'])"
     )
 
 

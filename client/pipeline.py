@@ -70,7 +70,18 @@ class StepRun:
     answers: of all hops; those of hops that were only copied to us may come after the step is done.
     """
 
-    def __init__(self, hops: Sequence[Hop], step: Step, *, number: int, direct_push: bool, patience: Patience):
+    def __init__(
+        self,
+        hops: Sequence[Hop],
+        step: Step,
+        *,
+        number: int,
+        direct_push: bool,
+        patience: Patience,
+        deadline: float | None = None,
+    ):
+        """deadline: seconds of `time.monotonic`, see `InferenceSession.deadline`."""
+        self._deadline = deadline
         self.answers: list[Expected] = []
         self._hops = hops
         self._step = step
@@ -117,6 +128,7 @@ class StepRun:
             push=end - first,
             sent_at=clock(),
             reorder=self._step.reorder,
+            time_left=self._time_left(),
         )
         sending = asyncio.create_task(self._hops[first].span.send(request, self._inputs.data))
         try:
@@ -130,6 +142,10 @@ class StepRun:
             self._fail(first, failure)
         finally:
             sending.cancel()
+
+    def _time_left(self) -> int | None:
+        """Microseconds; 0 once it is too late."""
+        return None if self._deadline is None else max(0, round((self._deadline - time.monotonic()) * 1e6))
 
     async def _wait(self, end: int) -> int:
         """Until hop `end` answered, or one before it did whose push got lost: which. Raises HopFailed."""

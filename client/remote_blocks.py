@@ -12,8 +12,9 @@ from transformers import AttentionMaskInterface, Cache
 from swarm.data_structures import BlockSpan
 from swarm.errors import NotSupported, UsageError
 from swarm.passes import MAX_PASS_TOKENS
-from swarm.protocol import RowSlice
+from swarm.protocol import RowAdapters, RowSlice, row_adapters
 
+from .adapters import NOT_GIVEN, Adapters, read_choice
 from .cache import RemoteCache
 from .inference_session import InferenceSession
 from .peft_targets import REMOTE_MODULE, refuse_key_value_prefixes
@@ -22,10 +23,10 @@ from .split_session import SplitSession
 #: The attention implementation that a client's model is set to: its mask function passes the 2-D mask through.
 MASK_NAME = "swarm_client"
 
-#: `open_session(span, num_rows, max_length, prompts)`: see `InferenceSession`.
-OpenSession = Callable[[BlockSpan, int, int, torch.Tensor | None], InferenceSession]
-#: `run_blocks(span, hidden, lengths, prompts)`: see `autograd.run_blocks`.
-RunBlocks = Callable[[BlockSpan, torch.Tensor, Sequence[int], torch.Tensor | None], torch.Tensor]
+#: `open_session(span, num_rows, max_length, prompts, adapters)`: see `InferenceSession`.
+OpenSession = Callable[[BlockSpan, int, int, torch.Tensor | None, RowAdapters | None], InferenceSession]
+#: `run_blocks(span, hidden, lengths, prompts, adapters)`: see `autograd.Passes.run_blocks`.
+RunBlocks = Callable[[BlockSpan, torch.Tensor, Sequence[int], torch.Tensor | None, RowAdapters | None], torch.Tensor]
 #: Gives the deep prompts of this moment: [blocks of the whole module, prompt tokens, hidden_size].
 DeepPrompts = Callable[[], torch.Tensor]
 
@@ -55,10 +56,13 @@ class RemoteBlocks(nn.Module):
         span: BlockSpan,
         open_session: OpenSession,
         run_blocks: RunBlocks,
+        adapters: Adapters,
         deep_prompts: DeepPrompts | None = None,
     ):
+        """adapters: of the model's rows, shared by all its parts."""
         super().__init__()
         self.span = span
+        self.adapters = adapters
         self.deep_prompts = deep_prompts
         self._open_session = open_session
         self._run_blocks = run_blocks
@@ -83,12 +87,15 @@ class RemoteBlocks(nn.Module):
         part = BlockSpan(start=self.span.start + start, end=self.span.start + end)
         whole = self.deep_prompts
         prompts = None if whole is None else lambda: whole()[start:end]
-        return RemoteBlocks(part, self._open_session, self._run_blocks, prompts)
+        return RemoteBlocks(part, self._open_session, self._run_blocks, self.adapters, prompts)
 
-    def open_session(self, num_rows: int, max_length: int) -> InferenceSession:
-        """Through these blocks, with the deep prompts of this moment: training on does not change the session."""
+    def open_session(self, num_rows: int, max_length: int, adapters: RowAdapters | None = None) -> InferenceSession:
+        """Through these blocks, with the deep prompts of this moment: training on does not change the session.
+
+        adapters: of its rows, for its whole life.
+        """
         prompts = None if self.deep_prompts is None else self.deep_prompts().detach().clone()
-        return self._open_session(self.span, num_rows, max_length, prompts)
+        return self._open_session(self.span, num_rows, max_length, prompts, adapters)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -104,6 +111,8 @@ class RemoteBlocks(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: RemoteCache | None = None,
         position_ids: torch.Tensor | None = None,
+        active_adapter: Any = NOT_GIVEN,
+        adapter_names: Sequence[str | None] | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """hidden_states: [rows, tokens, hidden_size] -> the same shape.
@@ -113,8 +122,10 @@ class RemoteBlocks(nn.Module):
             and gradients reach `hidden_states`.
         position_ids: servers number the unmasked tokens of a row themselves, as `generate` does; other numbers, such
         as those of packed sequences, are refused.
+        active_adapter, adapter_names: see `SwarmModelMixin.forward`. A session keeps those that it was opened with.
         """
         prompts = None if self.deep_prompts is None else self.deep_prompts()
+        choice = read_choice(active_adapter, adapter_names)
         if isinstance(past_key_values, RemoteCache):
             session = past_key_values.session
             if isinstance(session, SplitSession) or session.span != self.span:
@@ -124,17 +135,23 @@ class RemoteBlocks(nn.Module):
                     "gradients do not pass through a session's cache: call the model without one, or under "
                     "torch.no_grad()"
                 )
+            self.adapters.check_session(session.adapters, session.num_rows, choice)
             return self._step(session, hidden_states, attention_mask, position_ids)
         if past_key_values is not None:
             refuse_local_cache(past_key_values)
         num_rows, num_tokens, _hidden_size = hidden_states.shape
         if num_tokens > MAX_PASS_TOKENS and not _is_differentiable(hidden_states, prompts):
-            with self._open_session(self.span, num_rows, num_tokens, prompts) as session:  # which splits long rows
+            adapters = self.adapters.of_session(num_rows, self.span, choice)
+            # a session splits long rows
+            with self._open_session(self.span, num_rows, num_tokens, prompts, adapters) as session:
                 return self._step(session, hidden_states, attention_mask, position_ids)
         real, flat = _flatten(hidden_states, attention_mask, 0)
         check_positions(position_ids, real)
-        lengths = [length for length in real.sum(dim=1).tolist() if length]
-        output = self._run_blocks(self.span, flat, lengths, prompts).to(hidden_states.device)
+        refs = self.adapters.of_pass(num_rows, self.span, choice)
+        rows = [(length, ref) for length, ref in zip(real.sum(dim=1).tolist(), refs, strict=True) if length]
+        adapters = row_adapters([ref for _, ref in rows])
+        lengths = [length for length, _ in rows]
+        output = self._run_blocks(self.span, flat, lengths, prompts, adapters).to(hidden_states.device)
         return _unflatten(output, real)
 
     def _step(

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from swarm.data_structures import BlockSpan
 from swarm.errors import UsageError
+from swarm.protocol import RowAdapters
 from swarm.routing.chain import Chain
 
 from .cache import RemoteCache
@@ -49,6 +50,21 @@ class SplitSession:
     def replacements(self) -> list[Replacement]:
         """Every fail-over, in order of the blocks."""
         return [replacement for part in self.parts for replacement in part.replacements]
+
+    @property
+    def adapters(self) -> RowAdapters | None:
+        """Of the rows, through all blocks."""
+        return self.parts[0].adapters
+
+    @property
+    def deadline(self) -> float | None:
+        """See `InferenceSession.deadline`."""
+        return self.parts[0].deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float | None) -> None:
+        for part in self.parts:
+            part.deadline = deadline
 
     def begin_step(self) -> None:
         """All parts as the last whole step left them."""

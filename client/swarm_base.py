@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from swarm.errors import NotSupported
 
+from .adapters import NOT_GIVEN, Adapters, read_choice
 from .cache import RemoteCache
 from .remote_blocks import check_positions, new_columns, refuse_local_cache
 from .tuning import Prompts
@@ -27,8 +28,11 @@ class SwarmBaseMixin:
     prompts: Prompts
     active: threading.local  # `active.session`: of the model's `inference_session` in this thread
 
-    def connect(self, active: threading.local) -> None:
+    adapters: Adapters
+
+    def connect(self, active: threading.local, adapters: Adapters) -> None:
         self.active = active
+        self.adapters = adapters
         self.prompts = Prompts()
 
     def forward(
@@ -40,7 +44,23 @@ class SwarmBaseMixin:
         inputs_embeds: torch.Tensor | None = None,
         **arguments: Any,
     ) -> Any:
-        """Like the model's own, with the active session's cache, or with none at all."""
+        """Like the model's own, with the active session's cache, or with none at all.
+
+        active_adapter, adapter_names: see `SwarmModelMixin.forward`.
+        """
+        choice = read_choice(arguments.pop("active_adapter", NOT_GIVEN), arguments.pop("adapter_names", None))
+        with self.adapters.calling(choice):
+            return self._forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **arguments)
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: torch.Tensor | None,
+        **arguments: Any,
+    ) -> Any:
         refuse_inner_states(self.config, arguments)
         if past_key_values is None and (session := getattr(self.active, "session", None)) is not None:
             past_key_values = session.cache

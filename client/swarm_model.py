@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +18,11 @@ from transformers import GenerationConfig, PretrainedConfig
 from swarm.architectures import Architecture
 from swarm.data_structures import BlockSpan
 from swarm.errors import UsageError
+from swarm.protocol import RowAdapters
 
 from . import trained_part
+from .adapters import NOT_GIVEN, Adapters, NotGiven, read_choice
+from .cache import RemoteCache
 from .connection import SwarmConnection
 from .inference_session import InferenceSession
 from .local_modules import BlocksWithModules
@@ -51,9 +57,10 @@ class SwarmModelMixin:
         self._base_names = frozenset(self.state_dict())  # type: ignore[attr-defined]
         base = self._base
         base.__class__ = swarm_base_class(type(base))
-        base.connect(self._active)
+        self._adapters = Adapters(connection.find_adapter)
+        base.connect(self._active, self._adapters)
         span = BlockSpan(start=0, end=connection.num_blocks)
-        blocks = RemoteBlocks(span, self._open_session, connection.passes.run_blocks)
+        blocks = RemoteBlocks(span, self._open_session, connection.passes.run_blocks, self._adapters)
         blocks.remote_names = tuple(remote_names)
         setattr(base, self._blocks_name, blocks)
         for module in self.modules():  # type: ignore[attr-defined]
@@ -75,47 +82,120 @@ class SwarmModelMixin:
         blocks = self._blocks
         return blocks if isinstance(blocks, RemoteBlocks) else blocks.remote
 
+    def forward(
+        self,
+        *args: Any,
+        active_adapter: str | NotGiven | None = NOT_GIVEN,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Like the model's own.
+
+        active_adapter: that servers apply to all rows of this call; None: the base model alone. By default that of the
+        model, see `set_adapter`. adapter_names: one for each row; None or "__base__": none.
+        Raises AdapterNotServed.
+        """
+        with self._adapters.calling(read_choice(active_adapter, adapter_names)):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    # --- adapters of servers ---
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter of rows of which a call says nothing else, applied by the servers; None: the base model alone."""
+        return self._adapters.default
+
+    def set_adapter(self, adapter_name: Any) -> None:
+        """Let servers apply the adapter of this name from now on, None for none. Sessions that are open keep theirs.
+
+        An adapter that was added to this model by `add_adapter` is here: then this is what transformers does.
+        Raises AdapterNotServed if the servers do not have it.
+        """
+        local = getattr(self, "peft_config", {}) if self._hf_peft_config_loaded else {}  # type: ignore[attr-defined]
+        if isinstance(adapter_name, list) or adapter_name in local:
+            super().set_adapter(adapter_name)  # type: ignore[misc]
+            return
+        self._adapters.set_default(adapter_name, self._blocks.span)
+
     # --- sessions ---
 
     def _open_session(
-        self, span: BlockSpan, num_rows: int, max_length: int, prompts: torch.Tensor | None = None
+        self,
+        span: BlockSpan,
+        num_rows: int,
+        max_length: int,
+        prompts: torch.Tensor | None = None,
+        adapters: RowAdapters | None = None,
     ) -> InferenceSession:
         bytes_per_token: int = self.config.get_text_config().hidden_size * self.dtype.itemsize
-        return self.connection.open_session(span, num_rows, max_length, bytes_per_token, prompts)
+        return self.connection.open_session(span, num_rows, max_length, bytes_per_token, prompts, adapters)
 
     @contextlib.contextmanager
-    def inference_session(self, max_length: int, *, num_rows: int = 1) -> Iterator[Session]:
+    def inference_session(
+        self,
+        max_length: int,
+        *,
+        num_rows: int | None = None,
+        active_adapter: str | NotGiven | None = NOT_GIVEN,
+        adapter_names: Sequence[str | None] | None = None,
+    ) -> Iterator[Session]:
         """One cache over several calls: `generate` and `forward` within the block go on where the last one ended.
 
         max_length: the most tokens (prompts and answers together) that a row may reach; servers reserve it, and room
-        for soft prompts beside it. num_rows: the batch size of every call.
-        Raises CacheFull when no server has that much room.
+        for soft prompts beside it. num_rows: the batch size of every call; by default as many as adapter_names, or 1.
+        active_adapter, adapter_names: see `forward`; for the whole life of the session.
+        Raises CacheFull when no server has that much room, AdapterNotServed.
         """
         if getattr(self._active, "session", None) is not None:
             raise UsageError("an inference session of this model is active in this thread already")
-        with self._blocks.open_session(num_rows, max_length + self._prompts.num_soft) as session:
+        choice = read_choice(active_adapter, adapter_names)
+        if num_rows is None:
+            num_rows = len(choice) if isinstance(choice, tuple) else 1
+        adapters = self._adapters.of_session(num_rows, self._blocks.span, choice)
+        with self._blocks.open_session(num_rows, max_length + self._prompts.num_soft, adapters) as session:
             self._active.session = session
             try:
                 yield session
             finally:
                 self._active.session = None
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        active_adapter: str | NotGiven | None = NOT_GIVEN,
+        adapter_names: Sequence[str | None] | None = None,
+        deadline: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Everything the model's own `generate` accepts, except what `NotSupported` names.
 
         Within an inference session, pass the whole conversation so far: tokens that are cached are not sent again.
+        active_adapter, adapter_names: see `forward`; one name for each row of the input: beams, and several sequences
+        that are returned for a row, have its adapter. A session keeps those that it was opened with.
+        deadline: seconds from now within which the answer is wanted. It is a wish: servers serve steps with less time
+        left first, and late answers come all the same. Without a cache (use_cache=False) nobody learns of it.
         """
+        choice = read_choice(active_adapter, adapter_names)
+        ends = _moment(deadline)
         session = getattr(self._active, "session", None)
         if session is not None and kwargs.get("past_key_values") is None:
             _check_continuation(session, args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
             kwargs["past_key_values"] = session.cache
+        cache = kwargs.get("past_key_values")
         self._active.temporary = None
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close_temporary)
+            stack.enter_context(self._adapters.calling(choice))
+            if ends is not None and isinstance(cache, RemoteCache):
+                stack.callback(setattr, cache.session, "deadline", cache.session.deadline)
+                cache.session.deadline = ends
+            self._active.deadline = ends
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            if self._active.temporary is not None:
-                self._active.temporary.close()
-                self._active.temporary = None
+
+    def _close_temporary(self) -> None:
+        if self._active.temporary is not None:
+            self._active.temporary.close()
+            self._active.temporary = None
 
     def _prepare_cache_for_generation(
         self,
@@ -126,12 +206,17 @@ class SwarmModelMixin:
         max_cache_length: int,
     ) -> None:
         """Called by `generate` once it knows how long the answer may get: here the session enters."""
+        copies = max(generation_config.num_return_sequences or 1, generation_config.num_beams or 1)
+        self._adapters.expand(batch_size, copies)
         if not generation_config.use_cache or model_kwargs.get("past_key_values") is not None:
             return
-        num_rows = batch_size * max(generation_config.num_return_sequences or 1, generation_config.num_beams or 1)
+        num_rows = batch_size * copies
         prompts = self._prompts.num_soft + peft_prompt_tokens(self)
-        self._active.temporary = self._blocks.open_session(num_rows, max(max_cache_length, 1) + prompts)
-        model_kwargs["past_key_values"] = self._active.temporary.cache
+        adapters = self._adapters.of_session(num_rows, self._blocks.span)
+        session = self._blocks.open_session(num_rows, max(max_cache_length, 1) + prompts, adapters)
+        session.deadline = self._active.deadline
+        self._active.temporary = session
+        model_kwargs["past_key_values"] = session.cache
 
     # --- what a client trains ---
 
@@ -242,6 +327,27 @@ class SwarmModelMixin:
     def close(self) -> None:
         """Leave the swarm. Also happens by itself when the process ends."""
         self.connection.thread.stop()
+
+
+def swarm_model_class(model_class: type) -> Any:
+    """The model's own class with the mixin, and the signature of its own forward."""
+    mixed = type(f"Swarm{model_class.__name__}", (SwarmModelMixin, model_class), {"__module__": __name__})
+
+    @functools.wraps(model_class.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return SwarmModelMixin.forward(self, *args, **kwargs)
+
+    mixed.forward = forward  # type: ignore[attr-defined]
+    return mixed
+
+
+def _moment(deadline: float | None) -> float | None:
+    """`time.monotonic` so many seconds from now. Raises UsageError."""
+    if deadline is None:
+        return None
+    if not 0 <= deadline < math.inf:
+        raise UsageError(f"a deadline of {deadline} seconds from now: give a number from 0 on, or None")
+    return time.monotonic() + deadline
 
 
 def _check_continuation(session: Session, input_ids: Any) -> None:

@@ -12,7 +12,7 @@ from itertools import count
 from swarm.codecs import Codec, row_bytes
 from swarm.data_structures import BlockSpan
 from swarm.errors import SwarmError
-from swarm.protocol import NextServer
+from swarm.protocol import NextServer, RowAdapters
 from swarm.routing.chain import Chain, ChainLink
 
 from .block_client import BlockClient, Expected, OpenSpan, SessionSpec, new_session_id
@@ -66,7 +66,7 @@ class Takeover:
     """Fills the gaps in the chain of one session.
 
     hidden_size, lossless: of what travels, to be set before the first gap is filled.
-    prompts: that every server of the session needs.
+    prompts: that every server of the session needs. deadline: see `InferenceSession.deadline`.
     """
 
     hidden_size: int
@@ -80,8 +80,11 @@ class Takeover:
         num_rows: int,
         max_length: int,
         blame: Callable[[ChainLink, SwarmError], None],
+        adapters: RowAdapters | None = None,
     ):
-        """blame: told about every server that did not take the session."""
+        """blame: told about every server that did not take the session. adapters: of the rows."""
+        self.deadline: float | None = None
+        self._adapters = adapters
         self.patience = Patience(config)
         self.prompts: DeepPrompts | None = None
         self._client = client
@@ -115,6 +118,7 @@ class Takeover:
             number=next(self._numbers),
             direct_push=self._config.direct_push,
             patience=self.patience,
+            deadline=self.deadline,
         )
 
     async def run(self, gap: Gap, chain: Chain, decide: Decide) -> list[Hop]:
@@ -176,6 +180,7 @@ class Takeover:
                 output_codec=codecs[index],
                 previous=self._pusher(previous[index]) if pushes else None,
                 next=following[index] if pushes else None,
+                adapters=self._adapters,
             )
             for index, name in enumerate(ids)
         ]

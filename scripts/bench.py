@@ -12,6 +12,7 @@ from .bench_failover import failover
 from .bench_links import links
 from .bench_memory import memory
 from .bench_overcommit import overcommit
+from .bench_pets import pets
 from .bench_prefill import prefill
 from .bench_push import push
 from .bench_quantization import quantization
@@ -41,5 +42,6 @@ for command in (
     memory,
     agreement,
     startup,
+    pets,
 ):
     app.command()(command)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .forms import AdapterForms, KeyValuePrefix
+from .operators import Order
 from .sites import ActiveBatch, Site, site_of
 from .tokens import Run, TokenMap
 
@@ -61,6 +62,17 @@ class AppliedAdapters:
     def nbytes(self) -> int:
         """Bytes that the pools take beside the adapters themselves."""
         return sum(site.nbytes for site in self._sites.values())
+
+    @property
+    def order(self) -> Order:
+        """Of the operations at each module."""
+        return self._active.order
+
+    @order.setter
+    def order(self, order: Order) -> None:
+        self._active.order = order
+        for site in self._sites.values():
+            site.plan_anew()
 
     def add(self, forms: AdapterForms, cache: KVCache | None = None) -> Adapter:
         """Put an adapter into the blocks; rows that name it get it from now on. Its forms must fit: importers check.

@@ -64,8 +64,8 @@ def extents_of(forms: AdapterForms) -> dict[tuple[str, Hashable], Extent]:
         for linear in block.linear.values():
             parts += _parts_of(linear)
         for bottleneck in block.bottlenecks.values():
-            kind = rank_bucket(len(bottleneck.down)), bottleneck.activation
-            parts.append(("bottleneck", kind, bottleneck.down.numel() + bottleneck.up.numel()))
+            shared_by = rank_bucket(len(bottleneck.down)), bottleneck.activation
+            parts.append(("bottleneck", shared_by, bottleneck.down.numel() + bottleneck.up.numel()))
         for norm in block.norms.values():
             vectors = {"weight": norm.weight, "bias": norm.bias}
             parts += [("norm", name, vector.numel()) for name, vector in vectors.items() if vector is not None]

@@ -171,7 +171,7 @@ class _Bench:
         linear = [path for path, module in modules.items() if is_linear(module) and "experts" not in path.split(".")]
         if form == "norm":
             norms = [path for path, module in modules.items() if _is_norm(module)]
-            vectors = {path: modules[path].weight.detach().clone() for path in norms[:_PLACES]}  # type: ignore[operator]
+            vectors = {path: modules[path].weight.detach().clone() for path in norms[:_PLACES]}
             return BlockForms(norms={path: NormForm(weight=vector) for path, vector in vectors.items()})
         if form == "bottleneck":
             behind = [path for path in linear if modules[path].out_features == self.span.hidden_size]
@@ -186,7 +186,7 @@ class _Bench:
             )
         return BlockForms(
             linear={
-                path: self._made_linear(modules[path].in_features, modules[path].out_features, form, size, chance)  # type: ignore[arg-type]
+                path: self._made_linear(modules[path].in_features, modules[path].out_features, form, size, chance)
                 for path in linear[:_PLACES]
             }
         )

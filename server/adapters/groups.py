@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .forms import Bottleneck, LowRank, Sparse
+from .operators import Work
 from .tokens import TokenMap
 
 Form = TypeVar("Form")
@@ -138,6 +139,13 @@ class TwoProducts(Group[LowRank | Bottleneck]):
             if form.up_bias is not None:
                 up_bias[slot, 0] = form.up_bias
 
+    @property
+    def work(self) -> Work:
+        """For one member with one token."""
+        rank, in_features = self.down.shape[1:]
+        numbers, moved = rank * (in_features + self.up.shape[1]), in_features + 2 * self.up.shape[1]
+        return Work(2.0 * numbers, self.down.element_size() * (numbers + moved))
+
     def add_to(self, output: torch.Tensor, input: torch.Tensor, tokens: TokenMap, members: Members) -> torch.Tensor:
         """output: [tokens, out_features], changed where no gradients are wanted; input: [tokens, in_features]."""
         arranged = tokens.arrange(members, self.num_slots)
@@ -201,6 +209,13 @@ class SparseProducts(Group[Sparse]):
     def nbytes(self) -> int:
         matrices = [matrix for matrix in (self._together, *self._matrices) if matrix is not None]
         return sum(matrix.nbytes for matrix in matrices)
+
+    @property
+    def work(self) -> Work:
+        """For one member with one token."""
+        entries = [len(form.values) for form in self._forms if form is not None]
+        mean = sum(entries) / max(1, len(entries))
+        return Work(2.0 * mean, 8.0 * mean + 4.0 * (self._in + 2 * self._out))  # a value and a column each
 
     def _grow(self, num_slots: int) -> None:
         missing = num_slots - len(self._forms)

@@ -16,6 +16,7 @@ from torch import nn
 from .base import is_linear
 from .forms import Bottleneck, LinearForm, LowRank, NormForm, Sparse
 from .groups import Group, Members, SparseProducts, TwoProducts, Vectors, rank_bucket
+from .operators import Order, in_order
 from .tokens import TokenMap
 
 SiteForm = TypeVar("SiteForm", LinearForm, Bottleneck, NormForm)
@@ -25,6 +26,7 @@ class ActiveBatch:
     """What the sites know of the batch that runs; `tokens` is None while none of its rows has an adapter."""
 
     tokens: TokenMap | None = None
+    order: Order = "form"
 
 
 class Site(Generic[SiteForm]):
@@ -63,6 +65,10 @@ class Site(Generic[SiteForm]):
 
     def add(self, adapter: Hashable, form: SiteForm) -> None:
         self._forms[adapter] = form
+        self._planned_for = None
+
+    def plan_anew(self) -> None:
+        """The order of operations changed."""
         self._planned_for = None
 
     def forget(self, adapter: Hashable) -> bool:
@@ -170,7 +176,7 @@ class LinearSite(Site[LinearForm]):
             for name, neutral in (("scale_in", 1.0), ("scale_out", 1.0), ("bias_out", 0.0))
             if (operation := self._vectors(name, forms, partial(_full_like, forms, name, neutral))) is not None
         }
-        return Plan(products, vectors)
+        return Plan(in_order(products, self._active.order, lambda operation: operation.group.work), vectors)
 
     def _adapted(self, tokens: TokenMap, plan: Plan, *arguments: Any, **options: Any) -> torch.Tensor:
         (input,) = arguments

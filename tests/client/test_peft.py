@@ -127,7 +127,7 @@ def test_prompt_tuning_of_a_classifier(model, tiny_llama_folder):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_adapters_in_remote_blocks_are_refused(model, name):
-    with pytest.raises(NotSupported, match=r"layers\.\d.* is on servers of the swarm.* come later"):
+    with pytest.raises(NotSupported, match=r"layers\.\d.* is on servers of the swarm.*run-server --adapters"):
         get_peft_model(model, REFUSED[name]())
 
 

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from swarm.client.pass_client import PassInput, PassOutput
-from swarm.data_structures import BlockSpan
+from swarm.data_structures import AdapterRef, BlockSpan
 from swarm.errors import MissingBlocks, PeerUnreachable, SwarmError
+from swarm.protocol import RowAdapters, check_rows
 from swarm.routing.chain import Chain, ChainLink
 from swarm.routing.router import Mode
 
 HIDDEN_SIZE = 4
 
 
+def scales_of(adapters: RowAdapters | None) -> list[float] | None:
+    """What adapters do here: each row's outputs of every block times a number that the digest says."""
+    if adapters is None:
+        return None
+    return [1.0 if ref is None else 1 + int(ref.digest, 16) / 10 for ref in adapters.of_rows()]
+
+
 def run_blocks(
-    span: BlockSpan, hidden: torch.Tensor, lengths: Sequence[int], prompts: torch.Tensor | None = None
+    span: BlockSpan,
+    hidden: torch.Tensor,
+    lengths: Sequence[int],
+    prompts: torch.Tensor | None = None,
+    *,
+    scales: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """What the blocks of every server compute: rows apart from each other, every token of those before it.
 
-    hidden: [sum(lengths), hidden_size]; prompts: [blocks of the span, prompt tokens, hidden_size].
+    hidden: [sum(lengths), hidden_size]; prompts: [blocks of the span, prompt tokens, hidden_size]. scales: of the rows.
     """
     rows = list(hidden.split(list(lengths)))
     for number, block in enumerate(span.blocks()):
@@ -33,6 +46,8 @@ def run_blocks(
                 row = torch.cat([row[: len(own)] + own, row[len(own) :]])
             before = row.cumsum(0) / torch.arange(1, len(row) + 1)[:, None]
             rows[index] = 0.5 * row + torch.tanh(row * (1 + 0.1 * block)) + 0.3 * before.roll(1, dims=1)
+            if scales is not None:
+                rows[index] = scales[index] * rows[index]
     return torch.cat(rows)
 
 
@@ -43,11 +58,15 @@ class Call(NamedTuple):
     backward: bool
     span: tuple[int, int]
     tokens: int
+    adapters: tuple[str | None, ...] = ()  # names, of each row; empty: no row has one
 
 
 @dataclass
 class PassServer:
-    """failures: raised by its next passes, one each; None: that pass goes well. gate: holds passes until it is set."""
+    """failures: raised by its next passes, one each; None: that pass goes well. gate: holds passes until it is set.
+
+    adapters: that it announces.
+    """
 
     name: str
     span: BlockSpan
@@ -56,6 +75,7 @@ class PassServer:
     gate: asyncio.Event | None = None
     tamper: Callable[[PassOutput], PassOutput] = lambda output: output
     cancelled: int = 0
+    adapters: set[AdapterRef] = field(default_factory=set)
 
 
 class FakePasses:
@@ -90,7 +110,15 @@ class FakePasses:
 
     # --- the router --------------------------------------------------------------------------------------------------
 
-    async def find_chain(self, span: BlockSpan, *, cache_tokens: int, mode: Mode) -> Chain:
+    async def find_chain(
+        self,
+        span: BlockSpan,
+        *,
+        cache_tokens: int,
+        mode: Mode,
+        exclude: Collection[str],
+        adapters: Collection[AdapterRef],
+    ) -> Chain:
         assert (cache_tokens, mode) == (0, "throughput")
         self.on_search(self.searches)
         turn, self.searches = self.searches, self.searches + 1
@@ -101,7 +129,9 @@ class FakePasses:
             holders = [
                 server
                 for server in self.servers.values()
-                if server.span.start <= at < server.span.end and server.name not in self.banned
+                if server.span.start <= at < server.span.end
+                and server.name not in self.banned | set(exclude)
+                and server.adapters.issuperset(adapters)
             ]
             if not holders:
                 raise MissingBlocks(f"no usable server holds block {at}", (at,))
@@ -125,7 +155,10 @@ class FakePasses:
         assert len(work.hidden) == sum(work.lengths)
         assert work.prompts is None or len(work.prompts) == len(link.span)
         backward = work.gradient is not None
-        call = Call(server.name, backward, (link.span.start, link.span.end), len(work.hidden))
+        refs = () if work.adapters is None else work.adapters.of_rows()
+        check_rows(work.adapters, len(work.lengths))
+        names = tuple(None if ref is None else ref.name for ref in refs)
+        call = Call(server.name, backward, (link.span.start, link.span.end), len(work.hidden), names)
         self.calls.append(call)
         self.before(call)
         self.running += 1
@@ -151,7 +184,7 @@ def _compute(span: BlockSpan, work: PassInput) -> PassOutput:
     if work.prompts is not None:
         inputs.append(work.prompts.detach().clone().requires_grad_(work.gradient is not None))
     with torch.set_grad_enabled(work.gradient is not None):
-        output = run_blocks(span, inputs[0], work.lengths, *inputs[1:])
+        output = run_blocks(span, inputs[0], work.lengths, *inputs[1:], scales=scales_of(work.adapters))
     if work.gradient is None:
         return PassOutput(output)
     return PassOutput(*torch.autograd.grad(output, inputs, work.gradient))

@@ -7,11 +7,12 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from swarm.data_structures import BlockSpan, ServerState
+from swarm.data_structures import AdapterRef, BlockSpan, ServerState
 from swarm.errors import CacheFull, PeerTimeout, PeerUnreachable, ProtocolError, SessionLost, SwarmError, to_wire
 from swarm.protocol import (
     ErrorReply,
@@ -26,6 +27,7 @@ from swarm.protocol import (
     SessionOpened,
     StepRequest,
     StepResult,
+    check_rows,
 )
 from swarm.rpc import clock
 from swarm.tensors import all_finite, decode, encode
@@ -44,9 +46,11 @@ def run_block(index: int, inputs: torch.Tensor) -> torch.Tensor:
     return (3 * inputs + (index + 2) * inputs.cumsum(0) + (index + 1) * positions) % MODULUS
 
 
-def run_blocks(span: BlockSpan, inputs: torch.Tensor) -> torch.Tensor:
+def run_blocks(span: BlockSpan, inputs: torch.Tensor, adapter: AdapterRef | None = None) -> torch.Tensor:
+    """An adapter adds the number that is its digest to each block's output."""
+    shift = 0 if adapter is None else int(adapter.digest, 16)
     for index in span.blocks():
-        inputs = run_block(index, inputs)
+        inputs = (run_block(index, inputs) + shift) % MODULUS
     return inputs
 
 
@@ -67,6 +71,7 @@ class Fault:
 class FakeServer:
     """Strict about positions, like a real one.
 
+    adapters: that it announces; whether it has them is for `fail("open", AdapterNotHere(...))` to say.
     opened: counts sessions. requests: every step that was computed. reorders: numbers of those that were done.
     pushes: every push that left, for tests that send it again. dropped: late duplicates. pings: questions for a sign
     of life.
@@ -83,6 +88,8 @@ class FakeServer:
     state: ServerState = ServerState.ONLINE
     listed: bool = True
     moving: bool = False
+    adapters: tuple[AdapterRef, ...] = ()
+    fetches_adapters: bool = False
     opened: int = 0
     requests: list[StepRequest] = field(default_factory=list)
     reorders: list[int] = field(default_factory=list)
@@ -157,6 +164,7 @@ class FakeServer:
         self.may_fail("open")
         self.gone = False
         assert self.span.covers(request.span)
+        check_rows(request.adapters, request.num_rows)
         tokens = request.num_rows * request.max_length
         if tokens > self.cache_tokens:
             raise CacheFull(f"{self.name} is full", self.cache_tokens)
@@ -239,7 +247,11 @@ class FakeSession:
             if row.position + row.num_tokens > self.request.max_length:
                 raise ProtocolError("longer than declared")
             self.rows[row.row] = torch.cat([cached[: row.position], part]) if row.position else part.clone()
-            outputs.append(self.server.compute(self.request.span, self.rows[row.row])[row.position :])
+            adapters = self.request.adapters
+            compute, adapter = self.server.compute, None if adapters is None else adapters.of_row(row.row)
+            if adapter is not None:
+                compute = partial(run_blocks, adapter=adapter)
+            outputs.append(compute(self.request.span, self.rows[row.row])[row.position :])
         return torch.cat(outputs)
 
     async def _deliver(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -17,11 +17,11 @@ from swarm.client.block_client import SwarmBlockClient
 from swarm.client.config import ClientConfig
 from swarm.client.inference_session import InferenceSession
 from swarm.client.links import Links
-from swarm.data_structures import BlockSpan, ModelInfo, OpeningAnswer, ServerInfo
+from swarm.data_structures import AdapterInfo, AdapterRef, BlockSpan, ModelInfo, OpeningAnswer, ServerInfo
 from swarm.dht import ServerRecord
 from swarm.errors import PeerRefused, PeerTimeout, PeerUnreachable, SessionLost, SwarmError
 from swarm.node import NodeThread
-from swarm.protocol import NextServer, RowSlice, StepRequest
+from swarm.protocol import NextServer, RowAdapters, RowSlice, StepRequest, row_adapters
 from swarm.routing.router import Router, RouterConfig
 
 FINGERPRINT = "f" * 64
@@ -145,6 +145,8 @@ def _record(server: FakeServer) -> ServerRecord:
         numerics=server.numerics,
         network_rate=server.network_rate,
         cache_tokens_left=server.announced_cache_tokens,
+        adapters=tuple(AdapterInfo(ref.name, "lora", ref.digest) for ref in server.adapters),
+        fetches_adapters=server.fetches_adapters,
     )
     return ServerRecord(server.name, info, expires=1e12)
 
@@ -166,6 +168,7 @@ class FakeConnection:
         max_length: int,
         bytes_per_token: int,
         prompts: torch.Tensor | None = None,
+        adapters: RowAdapters | None = None,
     ) -> InferenceSession:
         return InferenceSession(
             self.thread,
@@ -178,15 +181,28 @@ class FakeConnection:
             max_length=max_length,
             bytes_per_token=bytes_per_token,
             prompts=prompts,
+            adapters=adapters,
         )
+
+    def find_adapter(self, name: str, span: BlockSpan) -> AdapterRef:
+        return self.thread.run(self.router.adapter(name, span))
 
     @property
     def banned(self) -> set[str]:
         return set(self.router.banned())
 
-    def user(self, num_rows: int = 1, max_length: int = 64, start: int = 0, end: int | None = None) -> User:
+    def user(
+        self,
+        num_rows: int = 1,
+        max_length: int = 64,
+        start: int = 0,
+        end: int | None = None,
+        adapters: Sequence[AdapterRef | None] = (),
+    ) -> User:
+        """adapters: of the rows; none: no row has one."""
         span = BlockSpan(start=start, end=self.num_blocks if end is None else end)
-        user = User(self.open_session(span, num_rows, max_length, 4 * HIDDEN_SIZE), span)
+        rows = row_adapters(adapters)
+        user = User(self.open_session(span, num_rows, max_length, 4 * HIDDEN_SIZE, adapters=rows), span)
         self._swarm.users.append(user)
         return user
 
@@ -207,10 +223,13 @@ class User:
         output = self.session.step(torch.cat(new), rows)
         self.inputs = [torch.cat([old, part]) for old, part in zip(self.inputs, new, strict=True)]
         expected = [
-            run_blocks(self.span, inputs)[len(inputs) - count :]
-            for inputs, count in zip(self.inputs, counts, strict=True)
+            run_blocks(self.span, inputs, self._adapter(row))[len(inputs) - count :]
+            for row, (inputs, count) in enumerate(zip(self.inputs, counts, strict=True))
         ]
         torch.testing.assert_close(output, torch.cat(expected), rtol=0, atol=0)
+
+    def _adapter(self, row: int) -> AdapterRef | None:
+        return None if self.session.adapters is None else self.session.adapters.of_row(row)
 
     def rewind(self, *lengths: int) -> None:
         self.session.rewind(lengths)

@@ -6,19 +6,30 @@ tests of their own.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from swarm.client.cache import RemoteCache
-from swarm.data_structures import BlockSpan
-from swarm.errors import SwarmError
-from swarm.protocol import RowSlice
+from swarm.data_structures import AdapterRef, BlockSpan
+from swarm.errors import AdapterNotServed, SwarmError
+from swarm.protocol import RowAdapters, RowSlice, check_rows
 
 
-def run_row(model: Any, span: BlockSpan, hidden: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
+def adapted(hidden: torch.Tensor, adapter: AdapterRef | None) -> torch.Tensor:
+    """What an adapter here makes of a block's output: its digest is how much."""
+    return hidden if adapter is None else hidden * (1 + int(adapter.digest, 16) / 10)
+
+
+def run_row(
+    model: Any,
+    span: BlockSpan,
+    hidden: torch.Tensor,
+    prompts: torch.Tensor | None,
+    adapter: AdapterRef | None = None,
+) -> torch.Tensor:
     """One row, [tokens, hidden_size], through blocks of a plain model. prompts: of the span."""
     hidden = hidden[None]
     rotary = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
@@ -26,7 +37,7 @@ def run_row(model: Any, span: BlockSpan, hidden: torch.Tensor, prompts: torch.Te
         if prompts is not None:
             own = prompts[block - span.start, : hidden.shape[1]].to(hidden.dtype)  # as it travels
             hidden = torch.cat([hidden[:, : len(own)] + own, hidden[:, len(own) :]], dim=1)
-        hidden = model.model.layers[block](hidden, position_embeddings=rotary)
+        hidden = adapted(model.model.layers[block](hidden, position_embeddings=rotary), adapter)
     return hidden[0]
 
 
@@ -38,16 +49,34 @@ class LocalBlocks:
         self.passes: list[tuple[BlockSpan, list[int]]] = []
 
     def run_blocks(
-        self, span: BlockSpan, hidden: torch.Tensor, lengths: Sequence[int], prompts: torch.Tensor | None
+        self,
+        span: BlockSpan,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        prompts: torch.Tensor | None,
+        adapters: RowAdapters | None = None,
     ) -> torch.Tensor:
         self.passes.append((span, list(lengths)))
-        return torch.cat([run_row(self.model, span, row, prompts) for row in hidden.split(list(lengths))])
+        refs = refs_of(adapters, len(lengths))
+        rows = zip(hidden.split(list(lengths)), refs, strict=True)
+        return torch.cat([run_row(self.model, span, row, prompts, ref) for row, ref in rows])
 
 
 class LocalSession:
     """What `InferenceSession` is to the model: each step computes the whole of its rows again."""
 
-    def __init__(self, model: Any, span: BlockSpan, num_rows: int, max_length: int, prompts: torch.Tensor | None):
+    def __init__(
+        self,
+        model: Any,
+        span: BlockSpan,
+        num_rows: int,
+        max_length: int,
+        prompts: torch.Tensor | None,
+        adapters: RowAdapters | None = None,
+    ):
+        self.adapters = adapters
+        self.deadline: float | None = None
+        self.deadlines: list[float | None] = []  # at each step
         self.span, self.num_rows, self.max_length, self.prompts = span, num_rows, max_length, prompts
         self.cache = RemoteCache(self)  # type: ignore[arg-type]
         self.rows: list[torch.Tensor | None] = [None] * num_rows
@@ -70,6 +99,8 @@ class LocalSession:
             error, self.error = self.error, None
             raise error
         self.sent.append(len(hidden))
+        self.deadlines.append(self.deadline)
+        refs = refs_of(self.adapters, self.num_rows)
         outputs = []
         for row, new in zip(rows, hidden.split([row.num_tokens for row in rows]), strict=True):
             assert row.position == self.lengths[row.row], "a row goes on where it does not end"
@@ -79,7 +110,7 @@ class LocalSession:
             self.rows[row.row] = whole
             self.lengths[row.row] = len(whole)
             with torch.no_grad():
-                outputs.append(run_row(self._model, self.span, whole, self.prompts)[row.position :])
+                outputs.append(run_row(self._model, self.span, whole, self.prompts, refs[row.row])[row.position :])
         return torch.cat(outputs)
 
     def rewind(self, lengths: Sequence[int]) -> None:
@@ -101,13 +132,18 @@ class LocalSession:
 
 
 class LocalConnection:
-    """What `SwarmConnection` is to the model. sessions: all that were opened."""
+    """What `SwarmConnection` is to the model.
+
+    sessions: all that were opened. adapters: digests by name. searched: adapters that were asked for, in order.
+    """
 
     def __init__(self, model: Any):
         self.num_blocks = len(model.model.layers)
         self.passes = LocalBlocks(model)
         self.sessions: list[LocalSession] = []
-        self.thread = threading.Thread()  # never started
+        self.adapters = {"one": f"{1:016x}", "two": f"{2:016x}"}
+        self.searched: list[str] = []
+        self.thread = SimpleNamespace(stop=lambda: None)  # there is none
         self._model = model
 
     def open_session(
@@ -117,6 +153,20 @@ class LocalConnection:
         max_length: int,
         bytes_per_token: int,
         prompts: torch.Tensor | None = None,
+        adapters: RowAdapters | None = None,
     ) -> LocalSession:
-        self.sessions.append(LocalSession(self._model, span, num_rows, max_length, prompts))
+        self.sessions.append(LocalSession(self._model, span, num_rows, max_length, prompts, adapters))
         return self.sessions[-1]
+
+    def find_adapter(self, name: str, span: BlockSpan) -> AdapterRef:
+        self.searched.append(name)
+        if name not in self.adapters:
+            raise AdapterNotServed(f"no server has an adapter named {name!r}")
+        return AdapterRef(name, self.adapters[name])
+
+
+def refs_of(adapters: RowAdapters | None, num_rows: int) -> tuple[AdapterRef | None, ...]:
+    if adapters is None:
+        return (None,) * num_rows
+    check_rows(adapters, num_rows)
+    return adapters.of_rows()

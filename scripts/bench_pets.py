@@ -1,0 +1,206 @@
+"""`swarm bench pets`: many tasks on one base, measured as PetS (Zhou et al., USENIX ATC'22) does, but on a decoder.
+
+All blocks of the model run as one span in this process. The tasks are of five kinds in turn (see `made_adapters`), the
+queries of random tasks, with lengths N(32, sigma), and all of them wait at once. The systems:
+
+- SeqS: a full model for each task, one task after the other. The copies would not fit, and cost the same time to run
+  whatever their numbers, so the plain base stands for each of them.
+- shared base, task by task: one base, its tasks one after the other.
+- fixed batches, ignoring adapters, two-pass: one base, batches of several tasks, formed without looking at costs, or by
+  PetS' own scheduler.
+- joint, online: ours, planned for all that waits, or batch by batch as the engine does.
+
+Batches are flattened for every system, so none of them pays for padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .bench_report import JsonFile, Model, Report, Runs, check_writable, run_benchmark
+from .pets_figures import (
+    ONLINE,
+    SEQS,
+    TASK_BY_TASK,
+    add_memory,
+    add_workload,
+    draw,
+    measure_order,
+    measure_rows,
+    measure_serving,
+    measure_stalls,
+)
+
+if TYPE_CHECKING:
+    from swarm.server.adapters.scheduling import Query
+    from swarm.server.span import Span
+
+    from .pets_rig import Rig, Timing
+
+#: (queries of each task, tokens of each): PetS' comparison with SeqS.
+SERVING = ((1, 128), (1, 64), (2, 64), (2, 32), (4, 32), (4, 16))
+
+
+class Base(StrEnum):
+    NONE = "none"
+    INT8 = "int8"
+
+
+def pets(
+    model: Model = None,
+    tasks: Annotated[list[int] | None, typer.Option(min=1, help="How many; may be repeated. 32, 64 and 128.")] = None,
+    sigma: Annotated[
+        list[float] | None, typer.Option(min=0, help="Of the lengths; may be repeated. 1, 2, 4 and 8.")
+    ] = None,
+    queries: Annotated[int, typer.Option(min=1, help="Of all tasks together.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=0, help="Generated after each query. 0: as in the paper.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of a batch; the server's default.")] = 1024,
+    base: Annotated[Base, typer.Option(help="How the base's weights are held.")] = Base.NONE,
+    runs: Runs = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A few tasks and queries, to see that it works.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the throughputs into this file (PNG, SVG or PDF).")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Many fine-tuned tasks on one base: throughput, latency, memory, beside full models and other schedulers."""
+    check_writable(plot)
+    run_benchmark(
+        measure,
+        model,
+        json_file,
+        tasks=tasks or ([5] if quick else [32, 64, 128]),
+        sigmas=sigma or ([4.0] if quick else [1.0, 2.0, 4.0, 8.0]),
+        num_queries=min(queries, 20) if quick else queries,
+        new_tokens=new_tokens,
+        max_tokens=max_tokens,
+        base=base.value,
+        runs=runs,
+        threads=threads,
+        serving=SERVING[-1:] if quick else SERVING,
+        plot=plot,
+    )
+
+
+def measure(
+    model: str,
+    *,
+    tasks: Sequence[int],
+    sigmas: Sequence[float],
+    num_queries: int,
+    new_tokens: int,
+    max_tokens: int,
+    base: str,
+    runs: int,
+    threads: int,
+    serving: Sequence[tuple[int, int]],
+    plot: Path | None,
+    progress: Callable[[str], None],
+) -> Report:
+    """Every run measures all systems in turn, so a machine that slows down or speeds up does so for all alike."""
+    import torch
+
+    from swarm.architectures import num_blocks
+    from swarm.checkpoint import open_checkpoint
+    from swarm.data_structures import BlockSpan
+    from swarm.server.adapters.costs import profile
+    from swarm.server.loader import load_span, loaded_bytes
+
+    from .made_adapters import KINDS, made_adapter
+    from .pets_rig import Rig, made_queries
+
+    torch.set_num_threads(threads)
+    checkpoint = open_checkpoint(model)
+    report = Report(
+        "pets",
+        {
+            "model": checkpoint.name,
+            "tasks": list(tasks),
+            "sigmas": list(sigmas),
+            "queries": num_queries,
+            "new_tokens": new_tokens,
+            "max_tokens": max_tokens,
+            "base": base,
+            "threads": threads,
+            "runs": runs,
+        },
+    )
+    blocks = BlockSpan(start=0, end=num_blocks(checkpoint.config))
+
+    def load(quantization: str) -> Span:
+        progress(f"loading the base, {quantization}")
+        return load_span(
+            checkpoint,
+            blocks,
+            dtype=torch.float32,
+            quantization=quantization,  # type: ignore[arg-type]
+            device=torch.device("cpu"),
+        )
+
+    int8_bytes = loaded_bytes(load("int8"))
+    span = load(base)
+    base_bytes = loaded_bytes(span)
+    progress("measuring costs")
+    started = time.perf_counter()
+    costs = profile(span, max_tokens)
+    report.add("profile: time", "s", [time.perf_counter() - started])
+    rig = Rig(span, costs)
+
+    progress(f"making {max(tasks)} adapters")
+    made = [made_adapter(span, KINDS[number % len(KINDS)], number) for number in range(max(tasks))]
+    adapters = [span.adapters.add(forms) for forms in made]
+    rig.passes([(1, adapter) for adapter in adapters])  # pools are filled
+    pool_bytes = span.adapters.nbytes
+
+    progress("rows of a task each")
+    measure_rows(report, rig, adapters, len(KINDS), runs)
+    progress("the order of operations")
+    measure_order(report, rig, adapters, runs)
+    progress("adapters that come in")
+    measure_stalls(report, rig, adapters, made[: len(KINDS)], runs)
+    for num_tasks in tasks:
+        progress(f"{num_tasks} tasks: serving")
+        measure_serving(report, rig, adapters[:num_tasks], serving, max_tokens, runs)
+    for num_tasks, sigma in itertools.product(tasks, sigmas):
+        timings: dict[str, list[Timing]] = {}
+        for number in range(1, runs + 1):
+            waiting = made_queries(num_queries, adapters[:num_tasks], sigma, seed=number)
+            where = f"{num_tasks} tasks, sigma {sigma:g}: run {number} of {runs}"
+
+            def tell(system: str, where: str = where) -> None:
+                progress(f"{where}: {system}")
+
+            for system, timing in _systems(rig, waiting, max_tokens, new_tokens, tell).items():
+                timings.setdefault(system, []).append(timing)
+        add_workload(report, f"{num_tasks} tasks, sigma {sigma:g}", num_queries, timings)
+    kinds = {kind: made[number :: len(KINDS)] for number, kind in enumerate(KINDS)}
+    add_memory(report, kinds, base_bytes, int8_bytes, pool_bytes)
+    if plot is not None:
+        draw(report, plot)
+    return report
+
+
+def _systems(
+    rig: Rig, queries: Sequence[Query], max_tokens: int, new_tokens: int, progress: Callable[[str], None]
+) -> dict[str, Timing]:
+    from swarm.server.adapters.plans import STRATEGIES
+
+    found = {}
+    for name, strategy in STRATEGIES.items():
+        progress(name)
+        plan = strategy(queries, rig.costs, max_tokens)
+        if name == "by adapter":
+            found[SEQS] = rig.run(plan, queries, new_tokens=new_tokens, plain=True)
+            name = TASK_BY_TASK
+        found[name] = rig.run(plan, queries, new_tokens=new_tokens)
+    progress(ONLINE)
+    found[ONLINE] = rig.run_by_choice(queries, max_tokens, new_tokens=new_tokens)
+    return found

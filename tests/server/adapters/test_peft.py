@@ -1,0 +1,148 @@
+"""Every kind of peft's adapters that can be imported gives peft's own logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from swarm.server.adapters.importing import read_manifest
+
+peft = pytest.importorskip("peft")
+
+Save = Callable[..., tuple[Path, torch.Tensor]]
+Check = Callable[..., Any]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def model_with_biases() -> Any:
+    """A Qwen2 of 6 blocks, whose q, k and v have biases that are not zero."""
+    config = Qwen2Config(
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        vocab_size=256,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "r": 9},
+        {"use_dora": True},
+        {
+            "rank_pattern": {"q_proj": 3, "layers.4.mlp.up_proj": 5},
+            "alpha_pattern": {r"^model\.layers\.2\.mlp\.up_proj": 1},
+        },
+        {"alpha_pattern": {r"model.layers.\d+.self_attn.k_proj": 64, "k_proj": 1}},
+        {"layers_to_transform": [3, 4], "layers_pattern": "layers"},
+        {"exclude_modules": ["down_proj"]},
+        {"target_modules": r".*\.(3|4)\.self_attn\.[qv]_proj"},
+        {"modules_to_save": ["input_layernorm"]},
+    ],
+    ids=str,
+)
+def test_lora(tiny_model: Any, save_peft: Save, check: Check, settings: dict[str, Any]) -> None:
+    config = peft.LoraConfig(**({"r": 6, "lora_alpha": 5, "target_modules": ALL} | settings))
+    folder, expected = save_peft(tiny_model, config)
+    check(folder, tiny_model, expected)
+    manifest = read_manifest(folder)
+    assert (manifest.kind, manifest.format) == ("dora" if "use_dora" in settings else "lora", "peft")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"use_dora": True},
+        {"use_dora": True, "bias": "all"},
+    ],
+    ids=str,
+)
+def test_lora_with_biases(model_with_biases: Any, save_peft: Save, check: Check, settings: dict[str, Any]) -> None:
+    config = peft.LoraConfig(**({"r": 4, "target_modules": ["q_proj", "v_proj"]} | settings))
+    folder, expected = save_peft(model_with_biases, config)
+    check(folder, model_with_biases, expected)
+
+
+def test_lora_in_half_precision_is_read(
+    tiny_model: Any, save_peft: Save, load_peft: Callable[..., torch.Tensor], check: Check
+) -> None:
+    folder, _ = save_peft(tiny_model, peft.LoraConfig(target_modules=["q_proj", "up_proj"]), spread=1.0)
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights)
+    check(folder, tiny_model, load_peft(tiny_model, folder))
+
+
+@pytest.mark.parametrize("alpha", [5, 0])
+def test_adalora(tiny_model: Any, save_peft: Save, check: Check, alpha: int) -> None:
+    config = peft.AdaLoraConfig(init_r=6, lora_alpha=alpha, total_step=10, target_modules=ALL)
+    folder, expected = save_peft(tiny_model, config, ("lora_",), spread=0.3)
+    check(folder, tiny_model, expected)
+
+
+def test_adalora_of_which_some_ranks_are_left(tiny_model: Any, save_peft: Save, check: Check) -> None:
+    """A layer has 2 of 6 ranks, another one none."""
+    left = {
+        f"model.layers.{block}.self_attn.q_proj.lora_E": [True, False, False, True, False, False] for block in range(8)
+    }
+    left["model.layers.3.self_attn.q_proj.lora_E"] = [False] * 6
+    config = peft.AdaLoraConfig(init_r=6, total_step=10, target_modules=["q_proj"], rank_pattern=left)
+    folder, expected = save_peft(tiny_model, config, ("lora_",), spread=0.5)
+    forms = check(folder, tiny_model, expected)
+    assert forms.blocks[2].linear["self_attn.q_proj"].low_rank.down.shape == (2, 64)
+    assert forms.blocks[3].linear["self_attn.q_proj"].low_rank is None
+
+
+@pytest.mark.parametrize("with_biases", [False, True])
+def test_ia3(tiny_model: Any, model_with_biases: Any, save_peft: Save, check: Check, with_biases: bool) -> None:
+    model = model_with_biases if with_biases else tiny_model
+    config = peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    folder, expected = save_peft(model, config)
+    forms = check(folder, model, expected)
+    assert forms.blocks[0].linear["mlp.down_proj"].scale_in is not None
+    assert forms.blocks[0].linear["self_attn.k_proj"].scale_out is not None
+
+
+def test_ln_tuning(tiny_model: Any, save_peft: Save, check: Check) -> None:
+    config = peft.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"])
+    folder, expected = save_peft(tiny_model, config)
+    check(folder, tiny_model, expected)
+
+
+def test_shira(tiny_model: Any, save_peft: Save, check: Check) -> None:
+    config = peft.ShiraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    folder, expected = save_peft(tiny_model, config)
+    forms = check(folder, tiny_model, expected)
+    indices = forms.blocks[0].linear["mlp.down_proj"].sparse.indices
+    assert (indices.diff() > 0).all() and len(indices) == 2 * (64 + 128)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_prefix_tuning(tiny_model: Any, save_peft: Save, check: Check, projected: bool) -> None:
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=projected, encoder_hidden_size=16
+    )
+    folder, expected = save_peft(tiny_model, config, spread=0.5)
+    forms = check(folder, tiny_model, expected)
+    assert forms.prefix.keys.shape == (8, 2, 5, 16)
+    assert json.loads((folder / "adapter_config.json").read_text())["num_attention_heads"] == 2
