@@ -1,5 +1,7 @@
 """`swarm check-device`: does a swarm on this device give the tokens and gradients of plain transformers on it?
 
+Rows with adapters of every kind in one batch are compared with the same rows alone.
+
 For each kind of weights, servers and clients in processes of their own generate beside each other, and plain
 transformers generates the same in this one. On a GPU, a decoding step is also captured as a CUDA graph and replayed.
 Rounding may let 16-bit and quantised kinds choose another token where two are nearly equally likely, so for a token
@@ -19,6 +21,7 @@ import typer
 from swarm.errors import SwarmError
 
 from .bench_quantization import Kind
+from .check_adapters import check_adapters
 from .check_gradients import check_gradients
 
 if TYPE_CHECKING:
@@ -126,6 +129,7 @@ def check_kind(model: str, kind: Kind, *, device: str, num_servers: int, num_cli
             "together": _answers(children),
         }
         ok = check_gradients(model, kind, plain, swarm.initial_peers)
+    ok = check_adapters(model, kind, device) and ok
 
     prompts = [random_prompt(checkpoint.config, PROMPT_TOKENS, seed).to(device) for seed in range(num_clients)]
     for how, texts in found.items():

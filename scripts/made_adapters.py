@@ -44,6 +44,18 @@ def made_adapter(span: Span, kind: str, seed: int) -> AdapterForms:
     return AdapterForms([make(span, _linear_layers(block), chance) for block in blocks])
 
 
+def made_prefix(span: Span, config: Any, num_tokens: int, seed: int = 0) -> AdapterForms:
+    """Keys and values of so many tokens in front of every row. config: of the model."""
+    from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix
+
+    text, chance = config.get_text_config(), torch.Generator().manual_seed(seed)
+    heads = text.num_key_value_heads or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    shape = len(span.blocks), heads, num_tokens, head_dim
+    keys, values = (_normal(span, chance, *shape).to(span.dtype) for _ in range(2))
+    return AdapterForms([BlockForms() for _ in span.blocks.blocks()], KeyValuePrefix(keys, values))
+
+
 def _linear_layers(block: nn.Module) -> Layers:
     """By path; those that see every token."""
     from swarm.server.adapters.base import is_linear

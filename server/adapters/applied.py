@@ -102,8 +102,8 @@ class AppliedAdapters:
             cache.release([adapter.prefix_row])
         self._adapters.discard(adapter)
         for key in list(self._sites):
-            if self._sites[key].forget(adapter) and self._sites[key].restore():
-                del self._sites[key]
+            if self._sites[key].forget(adapter):
+                self._sites.pop(key).restore()
         self._maps.clear()
         self._present.clear()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from swarm.adapter_files import FORMATS
+from swarm.adapter_files import FORMATS, choose_files
 from swarm.errors import AdapterError, ModelNotFound
 from swarm.hub import find_on_hub
 
@@ -16,15 +16,16 @@ def fetch_adapter(name: str, max_bytes: int) -> Path:
     """
     try:
         files, present = find_on_hub(name, None, None)
-        for config, weights in FORMATS.items():
-            chosen = next((file for file in weights if file in present), None)
-            if config not in present or chosen is None:
-                continue
-            size = sum(entry.nbytes for entry in files.header(chosen).values())
-            if size > max_bytes:
-                raise AdapterError(f"{name} has {size} bytes of weights, more than this server's limit of {max_bytes}")
-            files.path(chosen)
-            return files.path(config).parent
+        chosen = choose_files(present)
+        if chosen is None:
+            raise AdapterError(
+                f"{name} on the hub is no adapter: it lacks {' or '.join(FORMATS)} with weights in safetensors"
+            )
+        config, weights = chosen
+        size = sum(entry.nbytes for entry in files.header(weights).values())
+        if size > max_bytes:
+            raise AdapterError(f"{name} has {size} bytes of weights, more than this server's limit of {max_bytes}")
+        files.path(weights)
+        return files.path(config).parent
     except ModelNotFound as error:
         raise AdapterError(f"cannot fetch the adapter {name}: {error}") from error
-    raise AdapterError(f"{name} on the hub is no adapter: it lacks {' or '.join(FORMATS)} with weights in safetensors")

@@ -35,21 +35,28 @@ class Site(Generic[SiteForm]):
     def __init__(self, module: nn.Module, active: ActiveBatch):
         self._active = active
         self._module = module
-        self._plain: Callable[..., Any] = module.forward
         self._forms: dict[Hashable, SiteForm] = {}
         self._groups: dict[Hashable, Group[Any]] = {}
         self._planned_for: frozenset[Hashable] | None = None
         self._plan: Plan | None = None
-        module.forward = self._forward  # found before the class's own
+        outer = _site_around(module)
+        if isinstance(outer, BottleneckSite):  # which reads what this one makes of the module's output
+            self._plain: Callable[..., Any] = outer._plain
+            outer._plain = self._forward
+        else:
+            self._plain = module.forward
+            module.forward = self._forward  # found before the class's own
 
-    def restore(self) -> bool:
-        """False while another site of the same module is wrapped around this one, which then lets everything pass."""
-        if self._module.__dict__["forward"] != self._forward:
-            return False
+    def restore(self) -> None:
+        """The module, and another site around it, are as if this one had not been."""
+        outer = _site_around(self._module)
+        assert outer is not None
+        if outer is not self:
+            outer._plain = self._plain
+            return
         del self._module.forward
         if isinstance(getattr(self._plain, "__self__", None), Site):
             self._module.forward = self._plain
-        return True
 
     @property
     def nbytes(self) -> int:
@@ -110,6 +117,12 @@ class Site(Generic[SiteForm]):
     ) -> Operation | None:
         own = {adapter: vector for adapter, form in forms.items() if (vector := getattr(form, name)) is not None}
         return self._group(name, own, lambda: Vectors(neutral())) if own else None
+
+
+def _site_around(module: nn.Module) -> Site[Any] | None:
+    """The outermost one."""
+    site = getattr(vars(module).get("forward"), "__self__", None)
+    return site if isinstance(site, Site) else None
 
 
 class Operation(NamedTuple):
@@ -215,8 +228,9 @@ class NormSite(Site[NormForm]):
         for name in plan.vectors:
             vectors = plan.vector(name, tokens)
             assert vectors is not None
-            if vectors.dim() > 1:  # [tokens, size], against [1, tokens, (heads,) size]
-                vectors = vectors.view(-1, *[1] * (input.dim() - 3), vectors.shape[1])
+            if vectors.dim() > 1:  # [tokens, size], against [1, tokens, size], and with heads before or behind them
+                axis = _axis_of_tokens(input, tokens)
+                vectors = vectors.view(-1, *[1] * (input.dim() - 2 - axis), vectors.shape[1])
             own[name] = vectors
         norm = self._module
         if not isinstance(norm, nn.LayerNorm):
@@ -239,6 +253,14 @@ def _call_with(
         return plain(input)
     finally:
         module._parameters.update(saved)
+
+
+def _axis_of_tokens(input: torch.Tensor, tokens: TokenMap) -> int:
+    """input: [1, tokens, size], or what stands so in memory: [1, tokens, heads, size] or [1, heads, tokens, size]."""
+    axis = max(range(input.dim() - 1), key=lambda axis: (input.shape[axis] > 1, input.stride(axis)))
+    if input.shape[axis] != tokens.num_tokens:
+        raise RuntimeError(f"a norm with adapters sees {list(input.shape)}, not {tokens.num_tokens} tokens")
+    return axis
 
 
 def _rows_of(hidden: torch.Tensor, tokens: TokenMap) -> torch.Tensor:

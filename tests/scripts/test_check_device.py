@@ -24,9 +24,11 @@ def test_a_swarm_has_the_tokens_of_plain_transformers(
     tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check_kind(str(tiny_llama_folder), KINDS[0], device="cpu", num_servers=1, num_clients=2, new_tokens=8)
-    gradient, alone, together = capsys.readouterr().out.splitlines()
+    gradient, adapters, alone, together = capsys.readouterr().out.splitlines()
     assert gradient.startswith("float32, training: the gradient of 3 x 48 embeddings is")
     assert gradient.endswith("ok")
+    assert adapters.startswith("float32, adapters: 13 rows of 6 kinds and none are")
+    assert adapters.endswith("ok")
     assert alone.startswith("float32, alone: 2 of 2 texts of 8 tokens equal")
     assert together.startswith("float32, together: 2 of 2 texts of 8 tokens equal")
 
