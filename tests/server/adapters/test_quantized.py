@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan
 from swarm.server.adapters.base import base_weight
-from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix, tensors_of
+from swarm.server.adapters.forms import AdapterForms, tensors_of
 from swarm.server.batch import RowChunk, WholeRows
 from swarm.server.kv_cache import KVCache, RowCache
 from swarm.server.loader import load_span
