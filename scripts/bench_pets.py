@@ -26,6 +26,7 @@ import typer
 
 from .bench_report import JsonFile, Model, Report, Runs, check_writable, run_benchmark
 from .pets_figures import (
+    DECODE_TASKS,
     ONLINE,
     SEQS,
     TASK_BY_TASK,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 #: (queries of each task, tokens of each): PetS' comparison with SeqS.
 SERVING = ((1, 128), (1, 64), (2, 64), (2, 32), (4, 32), (4, 16))
+#: Decode steps of which the median counts.
+STEPS = 8
 
 
 class Base(StrEnum):
@@ -86,6 +89,8 @@ def pets(
         runs=runs,
         threads=threads,
         serving=SERVING[-1:] if quick else SERVING,
+        rows=8 if quick else DECODE_TASKS,
+        steps=2 if quick else STEPS,
         plot=plot,
     )
 
@@ -102,10 +107,15 @@ def measure(
     runs: int,
     threads: int,
     serving: Sequence[tuple[int, int]],
+    rows: int,
+    steps: int,
     plot: Path | None,
     progress: Callable[[str], None],
 ) -> Report:
-    """Every run measures all systems in turn, so a machine that slows down or speeds up does so for all alike."""
+    """Every run measures all systems in turn, so a machine that slows down or speeds up does so for all alike.
+
+    rows, steps: of the comparison of decode steps.
+    """
     import torch
 
     from swarm.architectures import num_blocks
@@ -157,15 +167,17 @@ def measure(
     progress(f"making {max(tasks)} adapters")
     made = [made_adapter(span, KINDS[number % len(KINDS)], number) for number in range(max(tasks))]
     adapters = [span.adapters.add(forms) for forms in made]
-    rig.passes([(1, adapter) for adapter in adapters])  # pools are filled
+    for tokens in (1, 8):  # pools are filled, with what few tokens need and with what many do
+        rig.passes([(tokens, adapter) for adapter in adapters])
     pool_bytes = span.adapters.nbytes
 
     progress("rows of a task each")
-    measure_rows(report, rig, adapters, len(KINDS), runs)
+    own = list(itertools.islice(itertools.cycle(adapters), rows))
+    measure_rows(report, rig, own, adapters[: len(KINDS)], steps, runs)
     progress("the order of operations")
-    measure_order(report, rig, adapters, runs)
+    measure_order(report, rig, own, steps, runs)
     progress("adapters that come in")
-    measure_stalls(report, rig, adapters, made[: len(KINDS)], runs)
+    measure_stalls(report, rig, own[: rows // 4], made[: len(KINDS)], runs)
     for num_tasks in tasks:
         progress(f"{num_tasks} tasks: serving")
         measure_serving(report, rig, adapters[:num_tasks], serving, max_tokens, runs)

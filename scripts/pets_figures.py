@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ ONLINE = "online"
 DECODE_TASKS = 32
 CONTEXT = 32
 GIGABYTE = 1e9
-_STEPS = 8
 
 
 def add_workload(report: Report, workload: str, num_queries: int, timings: dict[str, list[Timing]]) -> None:
@@ -68,11 +66,15 @@ def measure_serving(
         report.ratios[f"{name}: {JOINT} / {SEQS}"] = statistics.median(times[SEQS]) / statistics.median(times[JOINT])
 
 
-def measure_rows(report: Report, rig: Rig, adapters: Sequence[Adapter], num_kinds: int, runs: int) -> None:
-    """Rows with a task each, beside the same rows task by task and on a single task (the mean over the kinds)."""
-    own = list(itertools.islice(itertools.cycle(adapters), DECODE_TASKS))
+def measure_rows(
+    report: Report, rig: Rig, own: Sequence[Adapter], kinds: Sequence[Adapter], steps: int, runs: int
+) -> None:
+    """Rows with a task each, beside the same rows task by task and on a single task (the mean over the kinds).
+
+    own: the task of each row. kinds: a task of each kind.
+    """
     work: dict[str, Callable[[Sequence[Adapter | None]], float]] = {
-        "decode": lambda rows: rig.decode_step(rows, CONTEXT, _STEPS),
+        "decode": lambda rows: rig.decode_step(rows, CONTEXT, steps),
         "prefill": lambda rows: min(rig.passes([(CONTEXT, adapter) for adapter in rows])[0] for _ in range(2)),
     }
     for what, seconds_of in work.items():
@@ -85,7 +87,7 @@ def measure_rows(report: Report, rig: Rig, adapters: Sequence[Adapter], num_kind
         for _ in range(runs):
             times["all in one batch"].append(seconds_of(own))
             times["task by task"].append(sum(seconds_of([adapter]) for adapter in own))
-            alone = [seconds_of([adapter] * len(own)) for adapter in adapters[:num_kinds]]
+            alone = [seconds_of([adapter] * len(own)) for adapter in kinds]
             times["single task"].append(statistics.fmean(alone))
             times["no adapters"].append(seconds_of([None] * len(own)))
         name = f"{what}, {len(own)} rows"
@@ -96,15 +98,14 @@ def measure_rows(report: Report, rig: Rig, adapters: Sequence[Adapter], num_kind
             report.ratios[f"{name}: all in one batch / {system}"] = statistics.median(found) / together
 
 
-def measure_order(report: Report, rig: Rig, adapters: Sequence[Adapter], runs: int) -> None:
+def measure_order(report: Report, rig: Rig, own: Sequence[Adapter], steps: int, runs: int) -> None:
     """What the order of the adapters' operations at a module changes."""
-    own = list(itertools.islice(itertools.cycle(adapters), DECODE_TASKS))
     orders: tuple[Order, ...] = ("form", "intensity")
     times: dict[str, list[float]] = {order: [] for order in orders}
     for _ in range(runs):
         for order in orders:
             rig.span.adapters.order = order
-            times[order].append(rig.decode_step(own, CONTEXT, _STEPS))
+            times[order].append(rig.decode_step(own, CONTEXT, steps))
     rig.span.adapters.order = "form"
     for name, found in times.items():
         report.add(f"decode, {len(own)} rows, by {name}", "ms", [MILLISECONDS * seconds for seconds in found])
@@ -114,10 +115,9 @@ def measure_order(report: Report, rig: Rig, adapters: Sequence[Adapter], runs: i
 
 
 def measure_stalls(
-    report: Report, rig: Rig, adapters: Sequence[Adapter], newcomers: Sequence[AdapterForms], runs: int
+    report: Report, rig: Rig, own: Sequence[Adapter], newcomers: Sequence[AdapterForms], runs: int
 ) -> None:
     """Rows that decode while adapters of every kind come in, each used at once."""
-    own = list(itertools.islice(itertools.cycle(adapters), DECODE_TASKS // 4))
     found = [rig.stalls(newcomers, own, CONTEXT) for _ in range(runs)]
     report.add(f"decode, {len(own)} rows: a step", "ms", [MILLISECONDS * usual for usual, _ in found])
     report.add(

@@ -1,4 +1,4 @@
-"""Measured speeds, kept in the cache folder: one file for each kind of span on each kind of device."""
+"""Measured speeds and costs of adapters, kept in the cache folder: files for each kind of span on a kind of device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -19,7 +19,11 @@ from swarm.data_structures import DecodeTimes, Fingerprint, Frozen, NumericsTag,
 from swarm.processor import processor_name
 from swarm.protocol import explain
 
+from .adapters.cost_model import MeasuredCosts
+
 logger = logging.getLogger(__name__)
+
+Entry = TypeVar("Entry", bound=Frozen)
 
 #: Seconds that a server waits for others to measure; a measurement takes one or two.
 PATIENCE = 10.0
@@ -65,24 +69,46 @@ class _Entry(Frozen):
     speed: Speed
 
 
+class _CostsEntry(Frozen):
+    key: SpeedKey
+    costs: MeasuredCosts
+
+
 def recall(key: SpeedKey) -> Speed | None:
     """The stored speed; None if there is none, or its file is damaged (the log says so)."""
-    path = _path(key)
+    entry = _read(_path(key), _Entry)
+    return entry.speed if entry is not None and entry.key == key else None
+
+
+def remember(key: SpeedKey, speed: Speed) -> None:
+    """Store a speed. A folder that cannot be written only costs time at the next start, so that is no error."""
+    _write(_path(key), _Entry(key=key, speed=speed))
+
+
+def recall_costs(key: SpeedKey) -> MeasuredCosts | None:
+    """The same for costs of adapters."""
+    entry = _read(_path(key, ".costs"), _CostsEntry)
+    return entry.costs if entry is not None and entry.key == key else None
+
+
+def remember_costs(key: SpeedKey, costs: MeasuredCosts) -> None:
+    _write(_path(key, ".costs"), _CostsEntry(key=key, costs=costs))
+
+
+def _read(path: Path, kind: type[Entry]) -> Entry | None:
     try:
-        entry = _Entry.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
         reason = explain(error) if isinstance(error, ValidationError) else error
         logger.warning("%s is damaged, so the speed is measured again: %s", path, reason)
         return None
-    return entry.speed if entry.key == key else None
 
 
-def remember(key: SpeedKey, speed: Speed) -> None:
-    """Store a speed. A folder that cannot be written only costs time at the next start, so that is no error."""
+def _write(path: Path, entry: Frozen) -> None:
     try:
-        replace_file(_path(key), _Entry(key=key, speed=speed).model_dump_json(indent=1))
+        replace_file(path, entry.model_dump_json(indent=1))
     except OSError as error:
         logger.warning("cannot store the measured speed: %s", error)
 
@@ -110,6 +136,6 @@ def device_to_ourselves(device: torch.device, patience: float = PATIENCE) -> Ite
         yield
 
 
-def _path(key: SpeedKey) -> Path:
+def _path(key: SpeedKey, kind: str = "") -> Path:
     digest = hashlib.sha256(key.model_dump_json().encode()).hexdigest()
-    return cache_folder() / "speeds" / f"{digest[:32]}.json"
+    return cache_folder() / "speeds" / f"{digest[:32]}{kind}.json"

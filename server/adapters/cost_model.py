@@ -13,6 +13,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 
 from .applied import Adapter
 from .forms import AdapterForms, LinearForm
@@ -24,10 +25,14 @@ FORMS = ("low rank", "sparse", "vector", "bottleneck", "norm")
 
 
 class Extent(NamedTuple):
-    """How much of a form an adapter has. places: modules of the span that it changes. numbers: in all of them."""
+    """How much of a form an adapter has, in all modules of the span that it changes.
+
+    places: modules. numbers: that it holds. width: features that go in and come out of its operations.
+    """
 
     places: int
     numbers: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,15 @@ class FormCosts:
     """Seconds, each 0 or more.
 
     launch: of a place, for all adapters together. once, once_number: of a place and of a number, for each adapter in
-    the batch. apart: of a place, for each adapter with more tokens than are computed together. token, token_number:
-    of a place and of a number, for each token.
+    the batch. apart: of a place, for each adapter with more tokens than are computed together. token_feature,
+    token_number: of a feature and of a number, for each token.
     """
 
     launch: float = 0.0
     once: float = 0.0
     once_number: float = 0.0
     apart: float = 0.0
-    token: float = 0.0
+    token_feature: float = 0.0
     token_number: float = 0.0
 
 
@@ -58,32 +63,50 @@ class Sample(NamedTuple):
 
 def extents_of(forms: AdapterForms) -> dict[tuple[str, Hashable], Extent]:
     """By form, and by what must agree for adapters to share a launch (the rank, rounded up)."""
-    found: dict[tuple[str, Hashable], list[int]] = {}
+    found: dict[tuple[str, Hashable], Extent] = {}
     for block in forms.blocks:
-        parts: list[tuple[str, Hashable, int]] = []
+        parts: list[_Part] = []
         for linear in block.linear.values():
             parts += _parts_of(linear)
         for bottleneck in block.bottlenecks.values():
             shared_by = rank_bucket(len(bottleneck.down)), bottleneck.activation
-            parts.append(("bottleneck", shared_by, bottleneck.down.numel() + bottleneck.up.numel()))
+            parts.append(_Part("bottleneck", shared_by, *_pair(bottleneck.down, bottleneck.up)))
         for norm in block.norms.values():
-            vectors = {"weight": norm.weight, "bias": norm.bias}
-            parts += [("norm", name, vector.numel()) for name, vector in vectors.items() if vector is not None]
-        for form, kind, numbers in parts:
-            found.setdefault((form, kind), []).append(numbers)
-    return {key: Extent(len(numbers), sum(numbers)) for key, numbers in found.items()}
+            parts += _vectors("norm", {"weight": norm.weight, "bias": norm.bias})
+        for form, kind, numbers, width in parts:
+            before = found.get((form, kind), Extent(0, 0, 0))
+            found[form, kind] = Extent(before.places + 1, before.numbers + numbers, before.width + width)
+    return found
 
 
-def _parts_of(linear: LinearForm) -> list[tuple[str, Hashable, int]]:
-    vectors = {"scale_in": linear.scale_in, "scale_out": linear.scale_out, "bias_out": linear.bias_out}
-    parts: list[tuple[str, Hashable, int]] = [
-        ("vector", name, vector.numel()) for name, vector in vectors.items() if vector is not None
-    ]
+class _Part(NamedTuple):
+    """A form at one module."""
+
+    form: str
+    kind: Hashable
+    numbers: int
+    width: int
+
+
+def _parts_of(linear: LinearForm) -> list[_Part]:
+    parts = _vectors(
+        "vector", {"scale_in": linear.scale_in, "scale_out": linear.scale_out, "bias_out": linear.bias_out}
+    )
     if (pair := linear.low_rank) is not None:
-        parts.append(("low rank", rank_bucket(len(pair.down)), pair.down.numel() + pair.up.numel()))
-    if linear.sparse is not None:
-        parts.append(("sparse", None, len(linear.sparse.values)))
+        parts.append(_Part("low rank", rank_bucket(len(pair.down)), *_pair(pair.down, pair.up)))
+    if (sparse := linear.sparse) is not None:
+        parts.append(_Part("sparse", None, len(sparse.values), sparse.in_features + sparse.out_features))
     return parts
+
+
+def _vectors(form: str, vectors: Mapping[str, torch.Tensor | None]) -> list[_Part]:
+    own = [(name, vector.numel()) for name, vector in vectors.items() if vector is not None]
+    return [_Part(form, name, size, size) for name, size in own]
+
+
+def _pair(down: torch.Tensor, up: torch.Tensor) -> tuple[int, int]:
+    """Numbers and width of two matrices, one after the other."""
+    return down.numel() + up.numel(), down.shape[1] + up.shape[0]
 
 
 def fit(samples: Sequence[Sample], most_together: int) -> FormCosts:
@@ -98,7 +121,7 @@ def fit(samples: Sequence[Sample], most_together: int) -> FormCosts:
                 adapters * extent.places,
                 adapters * extent.numbers,
                 apart * extent.places,
-                total * extent.places,
+                total * extent.width,
                 total * extent.numbers,
             )
         )
@@ -179,10 +202,10 @@ def time_of(extents: Mapping[tuple[str, Hashable], Extent], measured: MeasuredCo
     """What an adapter with such forms adds to a batch."""
     launches: dict[str, float] = {}
     once = per_token = apart = 0.0
-    for (form, kind), (places, numbers) in extents.items():
+    for (form, kind), (places, numbers, width) in extents.items():
         if (costs := measured.forms.get(form)) is not None:
             launches[f"{form} {kind}"] = costs.launch * places
             once += costs.once * places + costs.once_number * numbers
             apart += costs.apart * places
-            per_token += costs.token * places + costs.token_number * numbers
+            per_token += costs.token_feature * width + costs.token_number * numbers
     return AdapterTime(launches, once, per_token, apart, measured.most_together)

@@ -1,22 +1,28 @@
 """What batches with adapters take on this device: measured at start, as the base model's speed is (see `throughput`).
 
-Synthetic adapters of one form each run through the real path, in a few blocks of the span; what they add to the same
-batch without them is their cost. Times are the fastest of a few, taken in turn with the plain ones.
+The base runs batches through a few of its blocks. Synthetic adapters of one form each run in some modules of these
+blocks, where they are applied as always; only these modules run, since in a whole block their cost would be lost in the
+noise. What they add to the same modules without them is their cost. All is run in turn, again and again until the time
+is over. Of the base the fastest counts: other programs on the machine only ever make it slower. How many times as long
+modules take with adapters is the median over the rounds, in which both run right after each other.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..batch import RowChunk
 from ..kv_cache import KVCache
+from ..speed_store import SpeedKey, device_to_ourselves, recall_costs, remember_costs
 from .applied import MOST_PADDED, Adapter
 from .base import is_linear
 from .cost_model import FORMS, AdapterCosts, Extent, FormCosts, MeasuredCosts, Sample, extents_of, fit
@@ -29,17 +35,19 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for everything, of a span that is not slow.
 BUDGET = 3.0
-#: Part of it for the base model.
-_SHARED_PART = 0.4
-#: Token counts at which the base model is measured, in rows of up to `_ROW_TOKENS`.
-_TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_MOST_ROUNDS = 20
+#: Token counts at which the base model is measured, in rows of up to `_ROW_TOKENS`; it is linear beyond them.
+_TOKENS = (1, 4, 8, 16, 32, 64, 128, 256)
 _ROW_TOKENS = 32
+#: So many of those go before the modules, lest a slow machine has no time left for these.
+_FIRST = 6
+#: Rows and tokens of each that show, beside one row of as many tokens, what a row takes.
+_MANY_ROWS = (8, 4)
 #: Blocks that run: enough not to stay in a processor's nearest cache, few enough to be quick.
 _BLOCKS = 4
 _BLOCKS_OF_ADAPTERS = 2
-#: Modules of a block that a synthetic adapter changes.
-_PLACES = 2
-_REPEATS = 3
+#: Modules of a block that a synthetic adapter changes, from the first to the last of them: they differ in size.
+_PLACES = 3
 #: Adapters in a batch and tokens of each: for the first size of a form, and for the second.
 _BATCHES = (((1, 1), (8, 1), (1, 32), (4, 8), (4, 16)), ((8, 1), (4, 16)))
 #: The two sizes: ranks, and the share of weights that are sparse entries. Vectors have one.
@@ -47,23 +55,50 @@ _RANKS = (8, 32)
 _DENSITIES = (0.002, 0.01)
 
 
-def profile(span: Span, most_tokens: int, budget: float = BUDGET) -> AdapterCosts:
+def known_or_measured_costs(span: Span, most_tokens: int, key: SpeedKey) -> AdapterCosts:
+    """The stored costs of such a span on such a device, else measured ones, which are stored if all forms are in them.
+
+    What was stored may be of other times: it is the proportions that decide what is put together. See `profile`.
+    """
+    if (known := recall_costs(key)) is not None:
+        return AdapterCosts(known)
+    with device_to_ourselves(span.device):
+        costs = profile(span, most_tokens)
+    if not costs.measured.not_measured:
+        remember_costs(key, costs.measured)
+    return costs
+
+
+def profile(span: Span, most_tokens: int, budget: float = BUDGET, rounds: int = _MOST_ROUNDS) -> AdapterCosts:
     """Measure; for the engine's thread, or before the engine starts. Leaves the span as it was.
 
-    most_tokens: of a batch. budget: seconds; once they are over, forms that are left are not measured: the log names
-    them, and they are taken to cost nothing.
+    most_tokens: of a batch. rounds: at most. budget: seconds; forms whose modules did not all run once by then are not
+    measured: the log names them, and they are taken to cost nothing.
     """
-    started = time.perf_counter()
-    bench = _Bench(span, _BLOCKS)
-    shared, row_time = _measure_shared(bench, most_tokens, started + _SHARED_PART * budget)
-    bench = _Bench(span, _BLOCKS_OF_ADAPTERS)
-    together = MOST_PADDED[span.device.type]
-    forms: dict[str, FormCosts] = {}
-    for form in FORMS:
-        samples = _measure_form(bench, form, started + budget)
-        if samples is not None:
-            forms[form] = fit(samples, together)
-    measured = MeasuredCosts(shared, row_time, forms, together)
+    deadline = time.perf_counter() + budget
+    base = {(rows, tokens): _BlocksJob(span, _BLOCKS, rows, tokens) for rows, tokens in _base_batches(most_tokens)}
+    tried: list[_Tried] = []
+    adapters: list[Adapter] = []
+    try:
+        for form in FORMS:
+            for size in range(1 if form in ("vector", "norm") else 2):
+                made = [made_form(span, form, size, seed) for seed in range(8)]
+                if not (extents := extents_of(made[0])):
+                    continue  # no module takes it
+                own = [span.adapters.add(forms) for forms in made]
+                adapters += own
+                (extent,) = extents.values()
+                for number, tokens in _BATCHES[size]:
+                    batch = partial(_ModulesJob, span, made[0], number, tokens)
+                    tried.append(_Tried(form, extent, number, tokens, batch(), batch(own[:number])))
+        with_adapters = [job for each in tried for job in (each.plain, each.adapted)]
+        small, large = list(base.values())[:_FIRST], list(base.values())[_FIRST:]
+        _run_in_turn([*small, *with_adapters, *large], deadline, rounds)
+    finally:
+        for adapter in adapters:
+            span.adapters.remove(adapter)
+    shared, row_time = _shared_times(base, len(span.blocks) / min(_BLOCKS, len(span.blocks)))
+    measured = MeasuredCosts(shared, row_time, _form_costs(tried, span.device), MOST_PADDED[span.device.type])
     if measured.not_measured:
         logger.warning(
             "costs of adapters: %s not measured, for want of time or of modules that take them; they are planned with "
@@ -73,141 +108,220 @@ def profile(span: Span, most_tokens: int, budget: float = BUDGET) -> AdapterCost
     return AdapterCosts(measured)
 
 
-def _measure_shared(bench: _Bench, most_tokens: int, deadline: float) -> tuple[list[tuple[int, float]], float]:
-    """(tokens, seconds) without what is the rows' own, and seconds of a row."""
-    one, many = bench.seconds(1, _ROW_TOKENS), bench.seconds(8, _ROW_TOKENS // 8)
-    row_time = max(0.0, (many - one) / 7)
-    shared: list[tuple[int, float]] = []
-    for tokens in _TOKENS:
-        rows = max(1, tokens // _ROW_TOKENS)
-        if shared:
-            last, seconds = shared[-1]
-            expected = (_REPEATS + 1) * seconds * tokens / last / bench.scale
-            if tokens > most_tokens or (len(shared) > 1 and time.perf_counter() + expected > deadline):
-                break
-        shared.append((tokens, max(0.0, bench.seconds(rows, tokens // rows) - rows * row_time)))
-    # A larger batch never takes less time; where it seems so, the small one was disturbed.
-    for number in range(len(shared) - 1, 0, -1):
-        tokens, seconds = shared[number - 1]
-        shared[number - 1] = tokens, min(seconds, shared[number][1])
-    return shared, row_time
+class _Job:
+    """Something that is run again and again, and the seconds that it took in each round."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def run(self) -> None:
+        if not self.times:
+            self._timed()  # fills pools, compiles
+        self.times.append(self._timed())
+
+    def added_to(self, other: _Job) -> float:
+        """Seconds more than another one takes. Both ran once at least."""
+        ratio = statistics.median(own / others for own, others in zip(self.times, other.times, strict=False))
+        return (ratio - 1.0) * min(other.times)
+
+    def _timed(self) -> float:
+        started = time.perf_counter()
+        self._forward().cpu()  # which waits for the device
+        return time.perf_counter() - started
+
+    def _forward(self) -> torch.Tensor:
+        raise NotImplementedError
 
 
-def _measure_form(bench: _Bench, form: str, deadline: float) -> list[Sample] | None:
-    """None if there was no time, or no module for it."""
-    samples: list[Sample] = []
-    sizes = 1 if form in ("vector", "norm") else 2
-    for size in range(sizes):
-        made = [bench.made(form, size, seed) for seed in range(8)]
-        if any(not any((block.linear, block.bottlenecks, block.norms)) for block in made[0].blocks[: bench.blocks]):
-            return None
-        extent = Extent(*(sum(parts) for parts in zip(*extents_of(made[0]).values(), strict=True)))
-        adapters = [bench.span.adapters.add(forms) for forms in made]
-        try:
-            for number, tokens in _BATCHES[size]:
-                if time.perf_counter() > deadline:
-                    return None
-                added = bench.added(tokens, adapters[:number])
-                samples.append(Sample(extent, number, tokens, added))
-        finally:
-            for adapter in adapters:
-                bench.span.adapters.remove(adapter)
-    return samples
+class _BlocksJob(_Job):
+    """A batch of random tokens through the first blocks of a span."""
 
-
-@dataclass
-class _Bench:
-    """Runs batches of random tokens through the first blocks of a span."""
-
-    span: Span
-    blocks: int
-
-    def __post_init__(self) -> None:
-        self.blocks = min(self.blocks, len(self.span.blocks))
-        #: of all blocks to those that run
-        self.scale = len(self.span.blocks) / self.blocks
-
-    def seconds(self, rows: int, tokens: int) -> float:
-        """Of a batch through the whole span, by what these blocks take. tokens: of each row."""
-        return self._fastest(rows, tokens, [[None] * rows])[0] * self.scale
-
-    def added(self, tokens: int, adapters: Sequence[Adapter]) -> float:
-        """What adapters with so many tokens each add to a batch of these blocks, in seconds."""
-        plain, adapted = self._fastest(len(adapters), tokens, [[None] * len(adapters), adapters])
-        return max(0.0, adapted - plain)
-
-    def _fastest(self, rows: int, tokens: int, kinds: Sequence[Sequence[Adapter | None]]) -> list[float]:
-        """For each kind of batch, which says the adapter of each row."""
-        span = self.span
-        cache = KVCache(len(span.blocks), rows * tokens, tokens, span.device, span.dtype)
-        hidden = torch.randn(rows * tokens, span.hidden_size, generator=torch.Generator().manual_seed(0))
-        hidden = hidden.to(span.device, span.dtype)
-        admitted = cache.admit(rows, tokens)
+    def __init__(self, span: Span, blocks: int, rows: int, tokens: int):
+        """tokens: of each row."""
+        super().__init__()
+        self._span = span
+        self._cache = KVCache(len(span.blocks), rows * tokens, tokens, span.device, span.dtype)
+        admitted = self._cache.admit(rows, tokens)
         for row in admitted:
-            cache.grow(row, tokens)
-        chunks = [RowChunk(row, 0, tokens, 0, self.blocks) for row in admitted]
-        times: list[list[float]] = [[] for _ in kinds]
-        for repeat in range(_REPEATS + 1):
-            for kind, found in zip(kinds, times, strict=True):
-                for row, adapter in zip(admitted, kind, strict=True):
-                    row.adapter = adapter
-                started = time.perf_counter()
-                span.forward(hidden, chunks, cache).cpu()  # which waits for the device
-                if repeat:  # the first one fills pools and compiles
-                    found.append(time.perf_counter() - started)
-        return [min(found) for found in times]
+            self._cache.grow(row, tokens)
+        self._chunks = [RowChunk(row, 0, tokens, 0, min(blocks, len(span.blocks))) for row in admitted]
+        self._hidden = _random(span, torch.Generator().manual_seed(0), rows * tokens, span.hidden_size)
 
-    def made(self, form: str, size: int, seed: int) -> AdapterForms:
-        """An adapter of one form in the blocks that run."""
-        chance = torch.Generator().manual_seed(seed)
-        blocks = list(getattr(self.span._model, self.span._architecture.blocks))
-        return AdapterForms(
-            [self._made_block(block, form, size, chance) for block in blocks[: self.blocks]]
-            + [BlockForms()] * (len(blocks) - self.blocks)
-        )
+    def _forward(self) -> torch.Tensor:
+        return self._span.forward(self._hidden, self._chunks, self._cache)
 
-    def _made_block(self, block: nn.Module, form: str, size: int, chance: torch.Generator) -> BlockForms:
-        modules = dict(block.named_modules())
-        linear = [path for path, module in modules.items() if is_linear(module) and "experts" not in path.split(".")]
-        if form == "norm":
-            norms = [path for path, module in modules.items() if _is_norm(module)]
-            vectors = {path: modules[path].weight.detach().clone() for path in norms[:_PLACES]}
-            return BlockForms(norms={path: NormForm(weight=vector) for path, vector in vectors.items()})
-        if form == "bottleneck":
-            behind = [path for path in linear if modules[path].out_features == self.span.hidden_size]
-            features = self.span.hidden_size
-            return BlockForms(
-                bottlenecks={
-                    path: Bottleneck(
-                        self._random(chance, _RANKS[size], features), self._random(chance, features, _RANKS[size])
-                    )
-                    for path in behind[:_PLACES]
-                }
-            )
+
+class _ModulesJob(_Job):
+    """Those modules that an adapter changes, one after the other, for some rows with so many random tokens each."""
+
+    def __init__(
+        self, span: Span, forms: AdapterForms, rows: int, tokens: int, adapters: Sequence[Adapter] | None = None
+    ):
+        """adapters: of the rows, if they have any."""
+        super().__init__()
+        self._span = span
+        self._runs = [(None if adapters is None else adapters[index], tokens) for index in range(rows)]
+        chance = torch.Generator().manual_seed(0)
+        self._calls: list[tuple[nn.Module, torch.Tensor]] = []
+        for block, changed in zip(_blocks_of(span), forms.blocks, strict=True):
+            for path in (*changed.linear, *changed.bottlenecks, *changed.norms):
+                module: Any = block.get_submodule(path)
+                features = module.in_features if is_linear(module) else module.weight.numel()
+                self._calls.append((module, _random(span, chance, 1, rows * tokens, features)))
+
+    @torch.inference_mode()
+    def _forward(self) -> torch.Tensor:
+        with self._span.adapters.applied(self._runs):
+            for module, hidden in self._calls:
+                output: torch.Tensor = module(hidden)
+        return output
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """The same modules without and with adapters of one form, each with so many tokens."""
+
+    form: str
+    extent: Extent
+    adapters: int
+    tokens: int
+    plain: _Job
+    adapted: _Job
+
+    @property
+    def sample(self) -> Sample | None:
+        """None if there was no time."""
+        if not (self.plain.times and self.adapted.times):
+            return None
+        return Sample(self.extent, self.adapters, self.tokens, max(0.0, self.adapted.added_to(self.plain)))
+
+
+def _base_batches(most_tokens: int) -> list[tuple[int, int]]:
+    """(rows, tokens of each), one row before as many tokens in many rows."""
+    batches = [_in_rows(tokens) for tokens in _TOKENS if tokens <= most_tokens]
+    one_row = sum(rows == 1 for rows, _ in batches)
+    return [*batches[:one_row], _MANY_ROWS, *batches[one_row:]]
+
+
+def _in_rows(tokens: int) -> tuple[int, int]:
+    rows = max(1, tokens // _ROW_TOKENS)
+    return rows, tokens // rows
+
+
+def _run_in_turn(jobs: Sequence[_Job], deadline: float, rounds: int) -> None:
+    """The first in any case."""
+    jobs[0].run()
+    for _ in range(rounds):
+        for job in jobs:
+            if time.perf_counter() > deadline:
+                return
+            job.run()
+
+
+def _shared_times(base: Mapping[tuple[int, int], _Job], scale: float) -> tuple[list[tuple[int, float]], float]:
+    """(tokens, seconds) of the whole span without what is the rows' own, and seconds of a row."""
+    row_time = 0.0
+    many, one = base[_MANY_ROWS], base.get((1, _MANY_ROWS[0] * _MANY_ROWS[1]))
+    if one is not None and many.times and one.times:
+        row_time = max(0.0, scale * many.added_to(one) / (_MANY_ROWS[0] - 1))
+    shared = [
+        (rows * tokens, max(0.0, scale * min(job.times) - rows * row_time))
+        for (rows, tokens), job in base.items()
+        if job.times and (rows, tokens) != _MANY_ROWS
+    ]
+    return _plausible(shared), row_time
+
+
+def _plausible(shared: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Without what only noise can be: a larger batch that takes less time, or more than the smaller one as many times.
+
+    The second would be possible, but then such batches would be cut, and with noise that goes wrong more often.
+    """
+    found = list(shared)
+    for number in range(len(found) - 1, 0, -1):
+        tokens, seconds = found[number - 1]
+        found[number - 1] = tokens, min(seconds, found[number][1])
+    for number in range(1, len(found)):
+        (before, least), (tokens, seconds) = found[number - 1], found[number]
+        found[number] = tokens, min(seconds, least * tokens / before)
+    return found
+
+
+def _form_costs(tried: Sequence[_Tried], device: torch.device) -> dict[str, FormCosts]:
+    found: dict[str, FormCosts] = {}
+    for form in FORMS:
+        samples = [each.sample for each in tried if each.form == form]
+        complete = [sample for sample in samples if sample is not None]
+        if complete and len(complete) == len(samples):
+            found[form] = fit(complete, MOST_PADDED[device.type])
+    return found
+
+
+def _blocks_of(span: Span) -> list[nn.Module]:
+    return list(getattr(span._model, span._architecture.blocks))
+
+
+def made_form(span: Span, form: str, size: int, seed: int) -> AdapterForms:
+    """An adapter of one form, in the blocks that run."""
+    chance = torch.Generator().manual_seed(seed)
+    blocks = _blocks_of(span)
+    return AdapterForms(
+        [_made_block(span, block, form, size, chance) for block in blocks[:_BLOCKS_OF_ADAPTERS]]
+        + [BlockForms()] * (len(blocks) - _BLOCKS_OF_ADAPTERS)
+    )
+
+
+def _made_block(span: Span, block: nn.Module, form: str, size: int, chance: torch.Generator) -> BlockForms:
+    modules = dict(block.named_modules())
+    linear = [path for path, module in modules.items() if is_linear(module) and "experts" not in path.split(".")]
+    if form == "norm":
+        norms = [path for path, module in modules.items() if _is_norm(module)]
+        vectors = {path: modules[path].weight.detach().clone() for path in _some(norms)}
+        return BlockForms(norms={path: NormForm(weight=vector) for path, vector in vectors.items()})
+    if form == "bottleneck":
+        behind = [path for path in linear if modules[path].out_features == span.hidden_size]
+        features = span.hidden_size
         return BlockForms(
-            linear={
-                path: self._made_linear(modules[path].in_features, modules[path].out_features, form, size, chance)
-                for path in linear[:_PLACES]
+            bottlenecks={
+                path: Bottleneck(
+                    _random(span, chance, _RANKS[size], features), _random(span, chance, features, _RANKS[size])
+                )
+                for path in _some(behind)
             }
         )
+    return BlockForms(
+        linear={
+            path: _made_linear(span, modules[path].in_features, modules[path].out_features, form, size, chance)
+            for path in _some(linear)
+        }
+    )
 
-    def _made_linear(
-        self, in_features: int, out_features: int, form: str, size: int, chance: torch.Generator
-    ) -> LinearForm:
-        if form == "vector":
-            return LinearForm(bias_out=self._random(chance, out_features))
-        if form == "low rank":
-            rank = _RANKS[size]
-            return LinearForm(
-                low_rank=LowRank(self._random(chance, rank, in_features), self._random(chance, out_features, rank))
-            )
-        entries = max(1, int(_DENSITIES[size] * in_features * out_features))
-        places = torch.randint(in_features * out_features, (entries,), generator=chance).unique()
-        values = torch.randn(len(places), generator=chance).to(self.span.device)
-        return LinearForm(sparse=Sparse(places.int().to(self.span.device), values, out_features, in_features))
 
-    def _random(self, chance: torch.Generator, *shape: int) -> torch.Tensor:
-        return (0.01 * torch.randn(*shape, generator=chance)).to(self.span.device, self.span.dtype)
+def _made_linear(
+    span: Span, in_features: int, out_features: int, form: str, size: int, chance: torch.Generator
+) -> LinearForm:
+    if form == "vector":
+        return LinearForm(bias_out=_random(span, chance, out_features))
+    if form == "low rank":
+        rank = _RANKS[size]
+        return LinearForm(
+            low_rank=LowRank(_random(span, chance, rank, in_features), _random(span, chance, out_features, rank))
+        )
+    entries = max(1, int(_DENSITIES[size] * in_features * out_features))
+    places = torch.randint(in_features * out_features, (entries,), generator=chance).unique()
+    values = torch.randn(len(places), generator=chance).to(span.device)
+    return LinearForm(sparse=Sparse(places.int().to(span.device), values, out_features, in_features))
+
+
+def _random(span: Span, chance: torch.Generator, *shape: int) -> torch.Tensor:
+    return (0.01 * torch.randn(*shape, generator=chance)).to(span.device, span.dtype)
+
+
+def _some(paths: Sequence[str]) -> list[str]:
+    """At most `_PLACES` of them, evenly from the first to the last."""
+    if len(paths) <= _PLACES:
+        return list(paths)
+    return [paths[number * (len(paths) - 1) // (_PLACES - 1)] for number in range(_PLACES)]
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -299,8 +299,8 @@ def _compressed(
     """rows: ascending."""
     counts = torch.bincount(rows, minlength=shape[0])
     starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(enable=False):
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)")
         return torch.sparse_csr_tensor(starts, columns.to(torch.int32), values, shape, check_invariants=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from swarm.scripts.bench_report import Report
 from swarm.scripts.bench_routes import AGAIN
 from swarm.scripts.bench_training import BothPasses, check_difference, figures, relative_difference
 from swarm.scripts.bench_wire import cuts as where_cut
+from swarm.scripts.made_adapters import KINDS
+from swarm.scripts.pets_rig import Timing, made_queries
 
 
 def run(*args: str) -> int:
@@ -412,6 +415,57 @@ def test_where_chains_are_cut() -> None:
         "3 servers and a client": [0, 10, 20, 30],
     }
     assert where_cut(2)["3 cuts"] == [1]
+
+
+def test_pets(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    file, picture = tmp_path / "pets.json", tmp_path / "pets.svg"
+    arguments = [
+        "--model",
+        str(tiny_llama_folder),
+        "--quick",
+        "--runs",
+        "1",
+        "--new-tokens",
+        "1",
+        "--plot",
+        str(picture),
+    ]
+    assert run("pets", *arguments, "--json", str(file)) == 0
+    results, found = read(file, "pets", runs=1)
+    systems = (
+        "SeqS",
+        "shared base, task by task",
+        "fixed",
+        "ignoring adapters",
+        "two-pass",
+        "joint",
+        "online",
+    )
+    for system in systems:
+        name = f"5 tasks, sigma 4, {system}"
+        assert results[f"{name}: throughput"]["unit"] == "queries/s"
+        assert 0 < results[f"{name}: p50 latency"]["median"] <= results[f"{name}: p99 latency"]["median"]
+        assert results[f"{name}: median error of predictions"]["median"] >= 0
+    speeds = [results[f"5 tasks, sigma 4, {system}: throughput"]["median"] for system in ("joint", "SeqS")]
+    assert found["ratios"]["5 tasks, sigma 4: joint / SeqS"] == pytest.approx(speeds[0] / speeds[1])
+    sizes = [results[f"{kind}: bytes of a task"]["median"] for kind in KINDS]
+    assert results["a task, mean of the kinds"]["median"] == pytest.approx(sum(sizes) / len(sizes))
+    assert results["a task in use, with its part of the pools"]["median"] > sum(sizes) / len(sizes)
+    for system in ("task by task", "single task", "no adapters"):
+        assert found["ratios"][f"decode, 8 rows: all in one batch / {system}"] > 0
+    assert "stall by an adapter that is loaded / a step" in found["ratios"]
+    assert "sigma 4" in picture.read_text()
+
+
+def test_pets_queries() -> None:
+    queries = made_queries(2000, ["a", "b"], 8.0, seed=1)  # type: ignore[list-item]
+    lengths = [query.tokens for query in queries]
+    assert min(lengths) >= 1 and statistics.fmean(lengths) == pytest.approx(32, abs=1)
+    assert statistics.stdev(lengths) == pytest.approx(8, abs=0.5)
+    assert {query.adapter for query in queries} == {"a", "b"}
+    timing = Timing([1.0, 2.0, 3.0, 4.0], [(2.0, 3.0), (1.0, 0.5)])
+    assert (timing.total, timing.quantile(0.5), timing.quantile(0.99)) == (4.0, 3.0, 4.0)
+    assert timing.errors == [0.5, 0.5]
 
 
 @pytest.mark.slow
