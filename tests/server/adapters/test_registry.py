@@ -440,6 +440,26 @@ async def test_an_engine_that_ends_while_an_adapter_is_put_in(fake: Fixture, tmp
         assert fake.registry.loaded_bytes == 100
 
 
+@pytest.mark.parametrize(
+    ("failure", "error", "text"),
+    [
+        (RuntimeError("a bug"), EngineError, "loading adapter 'a' failed: RuntimeError: a bug"),
+        (torch.OutOfMemoryError("out of memory"), CacheFull, "no memory is left to load adapter 'a'"),
+    ],
+)
+async def test_an_adapter_that_cannot_be_loaded_now(
+    fake: Fixture, tmp_path: Path, failure: Exception, error: type[Exception], text: str
+) -> None:
+    """One clear error for whoever wants it, and the next one may have more luck."""
+    await register(fake, tmp_path, "a")
+    fake.engine.error = failure
+    with pytest.raises(error, match=text):
+        await fake.lease("a")
+    fake.engine.error = None
+    with await fake.lease("a"):
+        assert fake.registry.loaded_bytes == 100
+
+
 # --- prefixes ------------------------------------------------------------------------------------------------------
 
 
@@ -600,6 +620,28 @@ async def test_an_adapter_of_the_hub_comes_when_it_is_asked_for(files: FakeFiles
         await fake.lease("local")
     with pytest.raises(AdapterNotHere, match="is another one"):
         await fake.lease(AdapterRef("org/b", "f" * 16))
+    fake.registry.close()
+
+
+async def test_an_adapter_that_changed_on_the_hub_is_fetched_anew(files: FakeFiles, tmp_path: Path) -> None:
+    contents = "old"
+
+    def fetch(name: str, max_bytes: int) -> Path:
+        return write(tmp_path / contents, contents)
+
+    fake = Fixture(files, fetch)
+    old, new = (AdapterRef("org/a", digest_of(each)) for each in ("old", "new"))
+    with await fake.lease(old):
+        contents = "new"
+        with await fake.lease(new):
+            assert [info.digest for info in fake.registry.infos] == [digest_of("new")]
+            assert len(fake.blocks.present) == 2  # who had the old one keeps it
+        with pytest.raises(AdapterNotHere, match="is another one"):
+            await fake.lease(old)
+    # What the operator put here under such a name stays.
+    await fake.registry.register("org/mine", write(tmp_path / "mine"))
+    with pytest.raises(AdapterNotHere, match="is another one"):
+        await fake.lease(AdapterRef("org/mine", digest_of("new")))
     fake.registry.close()
 
 
