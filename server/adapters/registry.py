@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -31,6 +32,7 @@ from .applied import Adapter, AppliedAdapters
 from .base import BaseBlocks
 from .forms import AdapterForms
 from .importing import Manifest, import_adapter, read_manifest
+from .worker import DaemonWorker
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +125,7 @@ class AdapterRegistry:
         self._manifests: dict[tuple[Path, Stamp], Manifest] = {}
         # One at a time, on one core: loading must not take the others from the batches that run meanwhile.
         self._worker = ThreadPoolExecutor(1, "adapters", initializer=torch.set_num_threads, initargs=(1,))
-        self._downloader = ThreadPoolExecutor(
-            1, "adapters of the hub"
-        )  # a slow hub holds up only who wants something of it
+        self._downloader = DaemonWorker("adapters of the hub")  # a slow hub holds up only who wants something of it
 
     # --- what there is ---
 
@@ -166,8 +166,7 @@ class AdapterRegistry:
         """Bring an adapter of the hub here. Raises AdapterError, AdapterNotHere where that is not allowed."""
         if self._fetch is None:
             raise AdapterNotHere(f"this server has no adapter {name!r}, and takes none from the hub")
-        loop = asyncio.get_running_loop()
-        folder = await loop.run_in_executor(self._downloader, self._fetch, name, self._max_adapter_bytes)
+        folder = await asyncio.wrap_future(self._downloader.submit(partial(self._fetch, name, self._max_adapter_bytes)))
         await self.register(name, folder, from_hub=True)
 
     async def register(self, name: str, folder: Path, *, shelf: Path | None = None, from_hub: bool = False) -> None:
@@ -212,8 +211,7 @@ class AdapterRegistry:
         self._on_change()
 
     def close(self) -> None:
-        for executor in (self._worker, self._downloader):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     # --- who uses it ---
 
