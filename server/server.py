@@ -170,7 +170,7 @@ class Server:
         config = self.config
         assert self._engine is not None and self._announcer is not None
         return AdapterRegistry(
-            span.base_blocks(checkpoint.config, self.model.fingerprint),
+            span.base_blocks(checkpoint.config, self.model.fingerprint, most_bytes=config.adapter_memory),
             span.adapters,
             self._cache,
             self._engine,
