@@ -167,11 +167,12 @@ class AdapterRegistry:
         folder = await loop.run_in_executor(self._downloader, self._fetch, name, self._max_adapter_bytes)
         await self.register(name, folder)
 
-    async def register(self, name: str, folder: Path, *, shelf: Path | None = None) -> None:
+    async def register(self, name: str, folder: Path, *, shelf: Path | None = None, try_first: bool = False) -> None:
         """Make an adapter available. Raises AdapterError for files that cannot be one, or are too large, for an adapter
         that turned out to be of no use here, and for a name that is none, or that another one from elsewhere has.
 
-        shelf: the folder of folders in which it was found.
+        shelf: the folder of folders in which it was found. try_first: import one that is new here, so that nobody is
+        offered what would then fail.
         """
         if not NAME.fullmatch(name):
             raise AdapterError(f"{name!r} is no name for an adapter: 1 to {MAX_NAME} characters without spaces")
@@ -183,6 +184,12 @@ class AdapterRegistry:
             )
         if manifest.digest in self._useless:
             raise AdapterError(self._useless[manifest.digest])
+        if try_first and manifest.digest not in self._by_digest:
+            try:
+                self._check_size(await self._work(_import_unchanged, [folder], manifest, self._base))
+            except AdapterError as error:
+                self._note_useless(manifest, error)
+                raise
         known = self._by_name.get(name)
         if known is not None and known.manifest.digest == manifest.digest:
             if known.names[name].shelf == shelf:
@@ -269,8 +276,7 @@ class AdapterRegistry:
             forms = await self._work(_import_unchanged, folders, entry.manifest, self._base)
             entry.loaded = await self._put_into_blocks(forms)
         except AdapterError as error:
-            if not isinstance(error, _FilesChanged):  # it is of no use to anybody
-                self._useless[entry.manifest.digest] = str(error)
+            self._note_useless(entry.manifest, error)
             for other in list(entry.names):
                 self.complain(other, error)
                 self.unregister(other)
@@ -280,7 +286,12 @@ class AdapterRegistry:
             if not entry.names and not entry.users:  # nobody waited for it
                 self._forget(entry)
 
-    async def _put_into_blocks(self, forms: AdapterForms) -> Adapter:
+    def _note_useless(self, manifest: Manifest, error: AdapterError) -> None:
+        if not isinstance(error, _FilesChanged):  # else it is not the adapter's fault
+            self._useless[manifest.digest] = str(error)
+
+    def _check_size(self, forms: AdapterForms) -> None:
+        """Raises AdapterError for an adapter that never fits here."""
         if forms.nbytes > self._max_bytes:
             raise AdapterError(
                 f"it takes {_shown(forms.nbytes)} here, more than all memory for adapters "
@@ -290,6 +301,9 @@ class AdapterRegistry:
             raise AdapterError(
                 f"its prefix of {forms.prefix.num_tokens} tokens is longer than the whole cache (--cache-tokens)"
             )
+
+    async def _put_into_blocks(self, forms: AdapterForms) -> Adapter:
+        self._check_size(forms)
         self._make_room(forms.nbytes)
         self._bytes += forms.nbytes
         try:

@@ -83,7 +83,7 @@ async def look_through(registry: AdapterRegistry, source: Source, *, strict: boo
             registry.unregister(name)
     for name, folder in found.items():
         try:
-            await registry.register(name, folder, shelf=source.folder)
+            await registry.register(name, folder, shelf=source.folder, try_first=not strict)
         except SwarmError as error:
             if strict:
                 raise AdapterError(f"{folder}: {error}") from error

@@ -368,10 +368,9 @@ async def test_an_adapter_that_cannot_be_used_is_no_longer_offered(
     fake: Fixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shelf = Source(None, tmp_path)
-    write(tmp_path / "good")
-    write(tmp_path / "wrong", bad="made for another base")
+    await register(fake, tmp_path, "good")
+    await register(fake, tmp_path, "wrong", bad="made for another base")
     with caplog.at_level(logging.WARNING, "swarm.server.adapters.registry"):
-        await look_through(fake.registry, shelf)
         with await fake.lease("good") as good:
             with pytest.raises(AdapterNotHere, match=r"adapter 'wrong' cannot be used: made for another base"):
                 await fake.lease("wrong", "good")
@@ -386,6 +385,20 @@ async def test_an_adapter_that_cannot_be_used_is_no_longer_offered(
     await look_through(fake.registry, shelf)
     with await fake.lease(ref("wrong", "repaired")):
         assert fake.registry.loaded_bytes == 200
+
+
+async def test_what_comes_while_the_server_serves_is_tried_before_it_is_offered(fake: Fixture, tmp_path: Path) -> None:
+    shelf = Source(None, tmp_path)
+    write(tmp_path / "a")
+    await look_through(fake.registry, shelf)
+    changes = fake.changes
+    write(tmp_path / "large", size=351)
+    write(tmp_path / "wrong", bad="made for another base")
+    for _ in range(3):
+        await look_through(fake.registry, shelf)
+    assert (fake.announced, fake.changes) == (["a"], changes)
+    assert fake.files.imported == ["a", "large", "wrong"]
+    assert fake.blocks.present == [], "nothing had to make room for them"
 
 
 async def test_an_adapter_larger_than_the_limits(fake: Fixture, tmp_path: Path) -> None:
@@ -412,7 +425,7 @@ async def test_files_that_change_after_they_were_announced(fake: Fixture, tmp_pa
     write(tmp_path / "a", "new")
     with pytest.raises(AdapterNotHere, match="files changed or went away"):
         await fake.lease("a")
-    assert fake.files.imported == []
+    assert fake.files.imported == ["a"]
     await look_through(fake.registry, shelf)
     (await fake.lease(ref("a", "new"))).release()
     write(tmp_path / "a")  # and back: it was the files' fault, not the adapter's
@@ -487,7 +500,7 @@ async def test_a_shelf_is_looked_through(fake: Fixture, tmp_path: Path, caplog: 
     (tmp_path / "a" / "petswarm_adapter.json").unlink()
     await look_through(fake.registry, shelf)
     assert (fake.announced, fake.changes) == (["b"], changes + 2)
-    assert fake.files.manifests_read == read + 1 + 1, "only what changed is read, and what is bad anyway"
+    assert fake.files.manifests_read == read + 2 + 1, "only what is new is read, and what is bad anyway"
 
 
 async def test_contents_of_a_shelf_that_become_bad(fake: Fixture, tmp_path: Path) -> None:
