@@ -54,9 +54,11 @@ class SessionCache:
     generating: it went beyond its prompt or replay since it entered. evicted: its rows were released for others.
     prompts: deep prompts, [blocks of the session, prompt tokens, hidden_size], on the cache's device in its dtype.
     reorder_number: of the last reordering of its rows that was done, see `swarm.protocol.Reorder`.
+    lasting: it is no session, but tokens that many read; see `KVCache.admit`.
     """
 
-    def __init__(self, num_rows: int, max_length: int):
+    def __init__(self, num_rows: int, max_length: int, *, lasting: bool = False):
+        self.lasting = lasting
         self.rows = [RowCache(self, max_length, max_length if num_rows > 1 else 0) for _ in range(num_rows)]
         self.entered = self.last_used = 0.0
         self.waiting_since: float | None = None
@@ -98,6 +100,7 @@ class KVCache:
         self._values: list[torch.Tensor | None] = [None] * num_layers
         self._free = [True] * self.num_pages
         self._reserved_pages = 0
+        self._lasting_pages = 0  # of these, those that are nobody's who could be evicted
         self._last_stamp = 1
         self._lock = threading.Lock()
 
@@ -113,17 +116,19 @@ class KVCache:
             return self._pages_left() * self.page_size
 
     def _pages_left(self) -> int:
-        return min(self.num_pages, int(self.overcommit * self.num_pages) - self._reserved_pages)
+        return min(self.num_pages - self._lasting_pages, int(self.overcommit * self.num_pages) - self._reserved_pages)
 
     def admit(self, num_rows: int, max_length: int, *, lasting: bool = False) -> list[RowCache]:
         """Reserve `max_length` tokens for each row. Raises CacheFull with what is left.
 
         lasting: for no session, but for tokens that many of them read: `sessions` does not list it, so it is never
-        evicted.
+        evicted. They find their pages at once or not at all.
         """
         wanted = num_rows * self._pages_for(max_length)
         with self._lock:
             left = self._pages_left()
+            if lasting:
+                left = min(left, sum(self._free))
             if wanted > left:
                 raise CacheFull(
                     f"the cache has room for {left * self.page_size} more tokens, but the session wants "
@@ -132,8 +137,10 @@ class KVCache:
                     tokens_left=left * self.page_size,
                 )
             self._reserved_pages += wanted
-            session = SessionCache(num_rows, max_length)
-            if not lasting:
+            session = SessionCache(num_rows, max_length, lasting=lasting)
+            if lasting:
+                self._lasting_pages += wanted
+            else:
                 self._sessions[session] = None
         return list(session.rows)
 
@@ -161,6 +168,8 @@ class KVCache:
             return
         row.released = True
         self._reserved_pages -= self._pages_for(row.max_length)
+        if row.session.lasting:
+            self._lasting_pages -= self._pages_for(row.max_length)
         if not row.held:
             self._give_back(row, 0)
         if all(other.released for other in row.session.rows):
