@@ -179,6 +179,21 @@ def test_a_pool_does_not_grow_for_ever_while_each_batch_has_few() -> None:
     assert pool.group.num_slots <= 8
 
 
+@pytest.mark.parametrize("others", [[], [1, 2]])
+@pytest.mark.parametrize("count", [1, MOST_PADDED + 1])
+def test_a_sparse_difference_without_entries(others: list[int], count: int) -> None:
+    """A mask that keeps every weight."""
+    pool = Pool("sparse")
+    nothing = torch.empty(0)
+    pool.forms[0] = Sparse(nothing.to(torch.int32), nothing, OUT, IN)
+    pool.run([(0, count), *((seed, 2) for seed in others), (None, 1)])
+    tokens = TokenMap([(0, count)], CPU, MOST_PADDED)
+    input = draw(0, count, IN).requires_grad_()
+    output = pool.group.add_to(draw(1, count, OUT), input, tokens, pool.group.members({0: pool.forms[0]}))
+    (gradient,) = torch.autograd.grad(output.sum() + input.sum(), input)
+    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
 def test_a_member_that_is_always_there_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool("low rank")
     copied = []
