@@ -183,16 +183,15 @@ def measure(
         measure_serving(report, rig, adapters[:num_tasks], serving, max_tokens, runs)
     for num_tasks, sigma in itertools.product(tasks, sigmas):
         timings: dict[str, list[Timing]] = {}
+        choices: list[float] = []
         for number in range(1, runs + 1):
             waiting = made_queries(num_queries, adapters[:num_tasks], sigma, seed=number)
-            where = f"{num_tasks} tasks, sigma {sigma:g}: run {number} of {runs}"
-
-            def tell(system: str, where: str = where) -> None:
-                progress(f"{where}: {system}")
-
-            for system, timing in _systems(rig, waiting, max_tokens, new_tokens, tell).items():
+            progress(f"{num_tasks} tasks, sigma {sigma:g}: run {number} of {runs}")
+            found, slowest = _systems(rig, waiting, max_tokens, new_tokens)
+            choices.append(slowest)
+            for system, timing in found.items():
                 timings.setdefault(system, []).append(timing)
-        add_workload(report, f"{num_tasks} tasks, sigma {sigma:g}", num_queries, timings)
+        add_workload(report, f"{num_tasks} tasks, sigma {sigma:g}", num_queries, timings, choices)
     kinds = {kind: made[number :: len(KINDS)] for number, kind in enumerate(KINDS)}
     add_memory(report, kinds, base_bytes, int8_bytes, pool_bytes)
     if plot is not None:
@@ -200,19 +199,11 @@ def measure(
     return report
 
 
-def _systems(
-    rig: Rig, queries: Sequence[Query], max_tokens: int, new_tokens: int, progress: Callable[[str], None]
-) -> dict[str, Timing]:
+def _systems(rig: Rig, queries: Sequence[Query], max_tokens: int, new_tokens: int) -> tuple[dict[str, Timing], float]:
+    """Also the longest choice of a batch, in seconds."""
     from swarm.server.adapters.plans import STRATEGIES
 
-    found = {}
-    for name, strategy in STRATEGIES.items():
-        progress(name)
-        plan = strategy(queries, rig.costs, max_tokens)
-        if name == "by adapter":
-            found[SEQS] = rig.run(plan, queries, new_tokens=new_tokens, plain=True)
-            name = TASK_BY_TASK
-        found[name] = rig.run(plan, queries, new_tokens=new_tokens)
-    progress(ONLINE)
-    found[ONLINE] = rig.run_by_choice(queries, max_tokens, new_tokens=new_tokens)
-    return found
+    plans = {name: strategy(queries, rig.costs, max_tokens) for name, strategy in STRATEGIES.items()}
+    plans[SEQS] = plans[TASK_BY_TASK] = plans.pop("by adapter")
+    plans[ONLINE], slowest = rig.plan_by_choice(queries, max_tokens)
+    return rig.run_in_turn(plans, queries, new_tokens=new_tokens, without=[SEQS]), slowest
