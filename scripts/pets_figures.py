@@ -176,7 +176,7 @@ def draw(report: Report, file: Path) -> None:
         axes.bar(places, [found[workload] for workload in workloads], width, label=system)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(workloads))], workloads, fontsize=8)
     axes.set_ylabel("queries/s")
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(loc="outside upper center", fontsize=8, ncols=4)
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
