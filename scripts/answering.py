@@ -58,13 +58,24 @@ class Answer:
 
 @contextmanager
 def connected(
-    model: str, initial_peers: Sequence[str], *, revision: str | None, dtype: str, show_route: bool
+    model: str,
+    initial_peers: Sequence[str],
+    *,
+    revision: str | None,
+    dtype: str,
+    show_route: bool,
+    adapter: str | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer), connected to the swarm. Raises what `AutoSwarmModelForCausalLM.from_pretrained` raises."""
     transformers_logging.set_verbosity_error()  # its advice is for programmers
     transformers_logging.disable_progress_bar()
     llm = AutoSwarmModelForCausalLM.from_pretrained(
-        model, initial_peers=list(initial_peers), revision=revision, dtype=dtype, show_route=show_route
+        model,
+        initial_peers=list(initial_peers),
+        revision=revision,
+        dtype=dtype,
+        show_route=show_route,
+        active_adapter=adapter,
     )
     try:
         yield llm, load_tokenizer(model, revision)

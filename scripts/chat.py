@@ -13,7 +13,7 @@ import typer
 
 from swarm.errors import UsageError
 
-from .options import InitialPeers, required_peers, set_up_logging
+from .options import Adapter, InitialPeers, required_peers, set_up_logging
 from .run_server import DType
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 def chat(
     model: Annotated[str, typer.Argument(help="A local folder or a hub id.", show_default=False)],
     initial_peers: InitialPeers = None,
+    adapter: Adapter = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
     max_length: Annotated[
         int, typer.Option(min=1, help="Most tokens of the conversation; servers reserve them.")
@@ -52,7 +53,9 @@ def chat(
     with Console(stderr=True).status("joining the swarm") as status:
         from . import answering
 
-        connection = answering.connected(model, peers, revision=revision, dtype=dtype.value, show_route=show_route)
+        connection = answering.connected(
+            model, peers, revision=revision, dtype=dtype.value, show_route=show_route, adapter=adapter
+        )
         with connection as (llm, tokenizer):
             status.stop()
             if not tokenizer.chat_template:

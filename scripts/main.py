@@ -37,6 +37,7 @@ SUBCOMMANDS = {
     "generate": Subcommand("swarm.scripts.generate", "generate", "Complete a prompt over the swarm."),
     "chat": Subcommand("swarm.scripts.chat", "chat", "Chat with a model over the swarm."),
     "health": Subcommand("swarm.scripts.health", "health", "Show models, blocks and servers of a swarm."),
+    "adapters": Subcommand("swarm.scripts.adapters", "adapters", "List the adapters that the servers of a model have."),
     "demo": Subcommand(
         "swarm.scripts.demo", "demo", "Start a swarm on this machine, kill a server, compare every token."
     ),

@@ -21,6 +21,15 @@ InitialPeers = Annotated[
     ),
 ]
 
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        help="Answer with this adapter, which the servers must have; see `swarm adapters`.",
+        show_default=False,
+        metavar="NAME",
+    ),
+]
+
 _ADDRESS_OPTIONS = ("--initial-peers", "--host-maddrs", "--announce-maddrs")
 _LOOKS_LIKE_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6|dnsaddr|p2p)/")
 

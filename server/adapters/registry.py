@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import ByteSize
@@ -32,6 +33,9 @@ from .importing import Manifest, import_adapter, read_manifest
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+MAX_NAME = 64
+#: As `AdapterInfo` takes it.
+NAME = re.compile(rf"[\x21-\x7e]{{1,{MAX_NAME}}}")
 #: (name, bytes, nanoseconds of the last change) of each file in a folder.
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -43,13 +47,20 @@ class Errands(Protocol):
         """Run it on the engine's thread, between two batches."""
 
 
-@dataclass(eq=False)
-class _Entry:
-    """Files of one adapter. names: under which it can be asked for, each with the folder of folders it came from."""
+class _Place(NamedTuple):
+    """Where files of an adapter lie. shelf: the folder of folders in which they were found, if they were."""
 
     folder: Path
+    shelf: Path | None
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One adapter. names: under which it can be asked for, each with a place of its own: the files may be there
+    several times, and any of them may be taken away."""
+
     manifest: Manifest
-    names: dict[str, Path | None] = field(default_factory=dict)
+    names: dict[str, _Place] = field(default_factory=dict)
     loaded: Adapter | None = None
     users: int = 0
     loading: asyncio.Task[None] | None = None
@@ -104,10 +115,14 @@ class AdapterRegistry:
         self._by_name: dict[str, _Entry] = {}  # least recently used first
         self._by_digest: dict[str, _Entry] = {}
         self._bytes = 0
+        self._useless: dict[str, str] = {}  # digests of adapters that cannot be used here, and why
         self._complaints: dict[str, str] = {}
         self._manifests: dict[tuple[Path, Stamp], Manifest] = {}
         # One at a time, on one core: loading must not take the others from the batches that run meanwhile.
         self._worker = ThreadPoolExecutor(1, "adapters", initializer=torch.set_num_threads, initargs=(1,))
+        self._downloader = ThreadPoolExecutor(
+            1, "adapters of the hub"
+        )  # a slow hub holds up only who wants something of it
 
     # --- what there is ---
 
@@ -136,7 +151,7 @@ class AdapterRegistry:
 
     def names_from(self, shelf: Path) -> list[str]:
         """Names of the adapters that were found in this folder of folders."""
-        return [name for name, entry in self._by_name.items() if entry.names[name] == shelf]
+        return [name for name, entry in self._by_name.items() if entry.names[name].shelf == shelf]
 
     def complain(self, name: str, error: Exception) -> None:
         """Name a bad adapter in the log, once."""
@@ -148,28 +163,37 @@ class AdapterRegistry:
         """Bring an adapter of the hub here. Raises AdapterError, AdapterNotHere where that is not allowed."""
         if self._fetch is None:
             raise AdapterNotHere(f"this server has no adapter {name!r}, and takes none from the hub")
-        folder = await self._work(self._fetch, name, self._max_adapter_bytes)
+        loop = asyncio.get_running_loop()
+        folder = await loop.run_in_executor(self._downloader, self._fetch, name, self._max_adapter_bytes)
         await self.register(name, folder)
 
     async def register(self, name: str, folder: Path, *, shelf: Path | None = None) -> None:
-        """Make an adapter available. Raises AdapterError for files that cannot be one, or are too large.
+        """Make an adapter available. Raises AdapterError for files that cannot be one, or are too large, for an adapter
+        that turned out to be of no use here, and for a name that is none, or that another one from elsewhere has.
 
         shelf: the folder of folders in which it was found.
         """
+        if not NAME.fullmatch(name):
+            raise AdapterError(f"{name!r} is no name for an adapter: 1 to {MAX_NAME} characters without spaces")
         manifest = await self._work(self._manifest_of, folder)
         if manifest.file_bytes > self._max_adapter_bytes:
             raise AdapterError(
                 f"adapter {name!r} has {_shown(manifest.file_bytes)} of weights, more than the limit of "
                 f"{_shown(self._max_adapter_bytes)} (--max-adapter-size)"
             )
+        if manifest.digest in self._useless:
+            raise AdapterError(self._useless[manifest.digest])
         known = self._by_name.get(name)
         if known is not None and known.manifest.digest == manifest.digest:
-            known.folder = folder
+            if known.names[name].shelf == shelf:
+                known.names[name] = _Place(folder, shelf)
             return
+        if known is not None and known.names[name].shelf != shelf:
+            raise AdapterError(f"another adapter is called {name!r} already, the one in {known.names[name].folder}")
         if known is not None:
             self.unregister(name)
-        entry = self._by_digest.setdefault(manifest.digest, _Entry(folder, manifest))
-        entry.names[name] = shelf
+        entry = self._by_digest.setdefault(manifest.digest, _Entry(manifest))
+        entry.names[name] = _Place(folder, shelf)
         self._by_name[name] = entry
         logger.info("adapter %s: %s, %s", name, manifest.kind, manifest.digest)
         self._on_change()
@@ -185,7 +209,8 @@ class AdapterRegistry:
         self._on_change()
 
     def close(self) -> None:
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._worker, self._downloader):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     # --- who uses it ---
 
@@ -239,24 +264,14 @@ class AdapterRegistry:
     # --- memory ---
 
     async def _load(self, name: str, entry: _Entry) -> None:
+        folders = list(dict.fromkeys(place.folder for place in entry.names.values()))
         try:
-            forms = await self._work(_import_unchanged, entry.folder, entry.manifest, self._base)
-            if forms.nbytes > self._max_bytes:
-                raise AdapterError(
-                    f"it takes {_shown(forms.nbytes)} here, more than all memory for adapters "
-                    f"({_shown(self._max_bytes)}, --adapter-memory)"
-                )
-            self._make_room(forms.nbytes)
-            self._bytes += forms.nbytes
-            try:
-                entry.loaded = await asyncio.wrap_future(
-                    self._errands.run_between(lambda: self._applied.add(forms, self._cache))
-                )
-            except BaseException:
-                self._bytes -= forms.nbytes
-                raise
+            forms = await self._work(_import_unchanged, folders, entry.manifest, self._base)
+            entry.loaded = await self._put_into_blocks(forms)
         except AdapterError as error:
-            for other in list(entry.names):  # it is of no use to anybody
+            if not isinstance(error, _FilesChanged):  # it is of no use to anybody
+                self._useless[entry.manifest.digest] = str(error)
+            for other in list(entry.names):
                 self.complain(other, error)
                 self.unregister(other)
             raise AdapterError(f"adapter {name!r} cannot be used: {error}") from error
@@ -265,9 +280,35 @@ class AdapterRegistry:
             if not entry.names and not entry.users:  # nobody waited for it
                 self._forget(entry)
 
+    async def _put_into_blocks(self, forms: AdapterForms) -> Adapter:
+        if forms.nbytes > self._max_bytes:
+            raise AdapterError(
+                f"it takes {_shown(forms.nbytes)} here, more than all memory for adapters "
+                f"({_shown(self._max_bytes)}, --adapter-memory)"
+            )
+        if forms.prefix is not None and forms.prefix.num_tokens > self._cache.num_pages * self._cache.page_size:
+            raise AdapterError(
+                f"its prefix of {forms.prefix.num_tokens} tokens is longer than the whole cache (--cache-tokens)"
+            )
+        self._make_room(forms.nbytes)
+        self._bytes += forms.nbytes
+        try:
+            while True:
+                try:
+                    adding = self._errands.run_between(lambda: self._applied.add(forms, self._cache))
+                    return await asyncio.wrap_future(adding)
+                except CacheFull:  # for its prefix
+                    idle = next((entry for entry in self._idle() if entry.loaded and entry.loaded.prefix_tokens), None)
+                    if idle is None:
+                        raise
+                    self._unload(idle)
+        except BaseException:
+            self._bytes -= forms.nbytes
+            raise
+
     def _make_room(self, wanted: int) -> None:
         """Raises CacheFull if what is in use leaves less."""
-        idle = [entry for entry in self._entries() if entry.loaded is not None and not entry.users]
+        idle = self._idle()
         while self._bytes + wanted > self._max_bytes:
             if not idle:
                 raise CacheFull(
@@ -276,9 +317,10 @@ class AdapterRegistry:
                 )
             self._unload(idle.pop(0))
 
-    def _entries(self) -> list[_Entry]:
-        """Least recently used first."""
-        return list(dict.fromkeys(self._by_name.values()))
+    def _idle(self) -> list[_Entry]:
+        """Those in memory that nobody uses, least recently used first."""
+        entries = dict.fromkeys(self._by_name.values())
+        return [entry for entry in entries if entry.loaded is not None and not entry.users]
 
     def _unload(self, entry: _Entry) -> None:
         adapter = entry.loaded
@@ -318,11 +360,31 @@ def _stamp_of(folder: Path) -> Stamp:
         raise AdapterError(f"cannot read {folder}: {error.strerror}") from error
 
 
-def _import_unchanged(folder: Path, manifest: Manifest, base: BaseBlocks) -> AdapterForms:
-    """Raises AdapterError also if the files are not those that were announced."""
-    if read_manifest(folder).digest != manifest.digest:
-        raise AdapterError("its files changed after it was announced")
-    return import_adapter(folder, base)
+class _FilesChanged(AdapterError):
+    """They are not those that were announced. Others with the same contents may come."""
+
+
+def _import_unchanged(folders: Sequence[Path], manifest: Manifest, base: BaseBlocks) -> AdapterForms:
+    """From the first folder that holds what was announced. Raises AdapterError."""
+    why: Exception | None = None
+    for folder in folders:
+        try:
+            if read_manifest(folder).digest == manifest.digest:
+                return import_adapter(folder, base)
+        except OSError as error:
+            why = error
+        except AdapterError as error:
+            if _is_unchanged(folder, manifest):
+                raise
+            why = error
+    raise _FilesChanged("its files changed or went away after it was announced") from why
+
+
+def _is_unchanged(folder: Path, manifest: Manifest) -> bool:
+    try:
+        return read_manifest(folder).digest == manifest.digest
+    except (AdapterError, OSError):
+        return False
 
 
 def _shown(num_bytes: int) -> str:

@@ -15,8 +15,8 @@ from torch import nn
 
 from .base import is_linear
 from .forms import Bottleneck, LinearForm, LowRank, NormForm, Sparse
-from .groups import Group, Members, SparseProducts, TwoProducts, Vectors, rank_bucket
-from .operators import Order, in_order
+from .groups import Group, Members, Product, SparseProducts, TwoProducts, Vectors, add_rows, rank_bucket
+from .operators import Order, SideStreams, in_order
 from .tokens import TokenMap
 
 SiteForm = TypeVar("SiteForm", LinearForm, Bottleneck, NormForm)
@@ -27,6 +27,7 @@ class ActiveBatch:
 
     tokens: TokenMap | None = None
     order: Order = "form"
+    streams: SideStreams | None = None
 
 
 class Site(Generic[SiteForm]):
@@ -35,21 +36,28 @@ class Site(Generic[SiteForm]):
     def __init__(self, module: nn.Module, active: ActiveBatch):
         self._active = active
         self._module = module
-        self._plain: Callable[..., Any] = module.forward
         self._forms: dict[Hashable, SiteForm] = {}
         self._groups: dict[Hashable, Group[Any]] = {}
         self._planned_for: frozenset[Hashable] | None = None
         self._plan: Plan | None = None
-        module.forward = self._forward  # found before the class's own
+        outer = _site_around(module)
+        if isinstance(outer, BottleneckSite):  # which reads what this one makes of the module's output
+            self._plain: Callable[..., Any] = outer._plain
+            outer._plain = self._forward
+        else:
+            self._plain = module.forward
+            module.forward = self._forward  # found before the class's own
 
-    def restore(self) -> bool:
-        """False while another site of the same module is wrapped around this one, which then lets everything pass."""
-        if self._module.__dict__["forward"] != self._forward:
-            return False
+    def restore(self) -> None:
+        """The module, and another site around it, are as if this one had not been."""
+        outer = _site_around(self._module)
+        assert outer is not None
+        if outer is not self:
+            outer._plain = self._plain
+            return
         del self._module.forward
         if isinstance(getattr(self._plain, "__self__", None), Site):
             self._module.forward = self._plain
-        return True
 
     @property
     def nbytes(self) -> int:
@@ -112,6 +120,12 @@ class Site(Generic[SiteForm]):
         return self._group(name, own, lambda: Vectors(neutral())) if own else None
 
 
+def _site_around(module: nn.Module) -> Site[Any] | None:
+    """The outermost one."""
+    site = getattr(vars(module).get("forward"), "__self__", None)
+    return site if isinstance(site, Site) else None
+
+
 class Operation(NamedTuple):
     """One operation for all members of a group that are in the batch."""
 
@@ -136,6 +150,13 @@ class Plan(NamedTuple):
         for group, members in self.products:
             output = group.add_to(output, input, tokens, members)
         return output
+
+    def products_beside(self, input: torch.Tensor, tokens: TokenMap, streams: SideStreams) -> list[Product]:
+        """The same products, each operation's on a stream of its own; to be joined before they are used."""
+        found: list[Product] = []
+        for number, (group, members) in enumerate(self.products):
+            found += streams.run(number, input, partial(group.products, input, tokens, members))
+        return found
 
 
 def _size_of(form: LowRank | Bottleneck | Sparse) -> Hashable:
@@ -169,8 +190,16 @@ class LinearSite(Site[LinearForm]):
         (input,) = arguments
         rows = _rows_of(input, tokens)
         scale_in = plan.vector("scale_in", tokens)
+        streams = None if torch.is_grad_enabled() else self._active.streams
+        beside = None if streams is None else plan.products_beside(rows, tokens, streams)
         output: torch.Tensor = self._plain(input if scale_in is None else (rows * scale_in).view(input.shape))
-        flat = plan.add_products(output.reshape(len(rows), -1), rows, tokens)
+        flat = output.reshape(len(rows), -1)
+        if streams is None or beside is None:
+            flat = plan.add_products(flat, rows, tokens)
+        else:
+            streams.join(product for _, product in beside)
+            for where, product in beside:
+                flat = add_rows(flat, where, product)
         if (scale_out := plan.vector("scale_out", tokens)) is not None:
             flat = flat * scale_out
         if (bias_out := plan.vector("bias_out", tokens)) is not None:
@@ -215,8 +244,9 @@ class NormSite(Site[NormForm]):
         for name in plan.vectors:
             vectors = plan.vector(name, tokens)
             assert vectors is not None
-            if vectors.dim() > 1:  # [tokens, size], against [1, tokens, (heads,) size]
-                vectors = vectors.view(-1, *[1] * (input.dim() - 3), vectors.shape[1])
+            if vectors.dim() > 1:  # [tokens, size], against [1, tokens, size], and with heads before or behind them
+                axis = _axis_of_tokens(input, tokens)
+                vectors = vectors.view(-1, *[1] * (input.dim() - 2 - axis), vectors.shape[1])
             own[name] = vectors
         norm = self._module
         if not isinstance(norm, nn.LayerNorm):
@@ -239,6 +269,14 @@ def _call_with(
         return plain(input)
     finally:
         module._parameters.update(saved)
+
+
+def _axis_of_tokens(input: torch.Tensor, tokens: TokenMap) -> int:
+    """input: [1, tokens, size], or what stands so in memory: [1, tokens, heads, size] or [1, heads, tokens, size]."""
+    axis = max(range(input.dim() - 1), key=lambda axis: (input.shape[axis] > 1, input.stride(axis)))
+    if input.shape[axis] != tokens.num_tokens:
+        raise RuntimeError(f"a norm with adapters sees {list(input.shape)}, not {tokens.num_tokens} tokens")
+    return axis
 
 
 def _rows_of(hidden: torch.Tensor, tokens: TokenMap) -> torch.Tensor:

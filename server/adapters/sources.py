@@ -12,11 +12,9 @@ from pathlib import Path
 from swarm.adapter_files import FORMATS
 from swarm.errors import AdapterError, SwarmError, UsageError
 
-from .registry import AdapterRegistry
+from .registry import MAX_NAME, NAME, AdapterRegistry
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[\x21-\x7e]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,21 @@ class Source:
         folder = Path(place).expanduser().resolve()
         if not folder.is_dir():
             if not equals and re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-                return cls(text, None)
+                return cls(_checked(text, text), None)
             raise UsageError(f"--adapters {text}: there is no folder {place!r}; write FOLDER, NAME=FOLDER or a hub id")
         if not is_adapter(folder):
             if equals:
                 raise UsageError(f"--adapters {text}: {place} holds no adapter ({' or '.join(FORMATS)})")
             return cls(None, folder)
-        name = name if equals else folder.name
-        if not _NAME.fullmatch(name):
-            raise UsageError(
-                f"--adapters {text}: {name!r} is no name for an adapter: 1 to 64 characters without spaces"
-            )
-        return cls(name, folder)
+        return cls(_checked(name if equals else folder.name, text), folder)
+
+
+def _checked(name: str, text: str) -> str:
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"--adapters {text}: {name!r} is no name for an adapter: 1 to {MAX_NAME} characters without spaces"
+        )
+    return name
 
 
 def is_adapter(folder: Path) -> bool:
@@ -87,6 +88,8 @@ async def look_through(registry: AdapterRegistry, source: Source, *, strict: boo
             if strict:
                 raise AdapterError(f"{folder}: {error}") from error
             registry.complain(name, error)
+            if name in registry.names_from(source.folder):  # what it was before is gone
+                registry.unregister(name)
 
 
 async def keep_looking(registry: AdapterRegistry, sources: Sequence[Source], period: float) -> None:
@@ -102,8 +105,4 @@ async def keep_looking(registry: AdapterRegistry, sources: Sequence[Source], per
 
 
 def _adapters_in(folder: Path) -> dict[str, Path]:
-    return {
-        entry.name: entry
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir() and _NAME.fullmatch(entry.name) and is_adapter(entry)
-    }
+    return {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_dir() and is_adapter(entry)}

@@ -20,6 +20,8 @@ PEER = "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 REFS = {"one": AdapterRef("one", f"{1:016x}"), "two": AdapterRef("two", f"{2:016x}"), None: None, "__base__": None}
 MIXED = ["one", None, "two"]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def tokens(*shape, seed=0):
     return torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(seed))

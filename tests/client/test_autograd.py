@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from fake_passes import HIDDEN_SIZE, FakePasses, run_blocks
+from fake_passes import HIDDEN_SIZE, FakePasses, run_blocks, scales_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.client import autograd
 from swarm.client.autograd import MAX_PARTS_AT_ONCE, Passes, split_rows
 from swarm.client.config import ClientConfig
-from swarm.data_structures import BlockSpan
+from swarm.data_structures import AdapterRef, BlockSpan
 from swarm.errors import (
+    AdapterNotHere,
+    AdapterNotServed,
     EngineError,
     MessageTooLarge,
     MissingBlocks,
@@ -37,7 +39,7 @@ from swarm.errors import (
 )
 from swarm.node import NodeThread
 from swarm.passes import MAX_PASS_TOKENS
-from swarm.protocol import MAX_ROWS
+from swarm.protocol import MAX_ROWS, row_adapters
 
 SPAN = BlockSpan(start=0, end=8)
 LENGTHS = (5, 1, 7)
@@ -140,8 +142,16 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 class Batch:
     """Inputs, and what becomes of them on one machine."""
 
-    def __init__(self, lengths: tuple[int, ...] = LENGTHS, num_prompts: int = 2, span: BlockSpan = SPAN):
+    def __init__(
+        self,
+        lengths: tuple[int, ...] = LENGTHS,
+        num_prompts: int = 2,
+        span: BlockSpan = SPAN,
+        adapters: Sequence[AdapterRef | None] = (),
+    ):
+        """adapters: of the rows; none: no row has one."""
         self.lengths, self.span = lengths, span
+        self.adapters = row_adapters(adapters)
         self.hidden = random(sum(lengths), HIDDEN_SIZE, seed=1).requires_grad_()
         self.prompts = random(len(span), num_prompts, HIDDEN_SIZE, seed=2).requires_grad_() if num_prompts else None
         self.gradient = random(sum(lengths), HIDDEN_SIZE, seed=3)
@@ -151,7 +161,7 @@ class Batch:
         return [self.hidden] if self.prompts is None else [self.hidden, self.prompts]
 
     def forward(self, passes: Passes) -> torch.Tensor:
-        return passes.run_blocks(self.span, self.hidden, self.lengths, self.prompts)
+        return passes.run_blocks(self.span, self.hidden, self.lengths, self.prompts, self.adapters)
 
     def check(self, passes: Passes) -> None:
         """Output and gradients, against those of one machine."""
@@ -161,14 +171,18 @@ class Batch:
 
     def check_output(self, output: torch.Tensor) -> None:
         with torch.no_grad():
-            expected = run_blocks(self.span, self.hidden, self.lengths, self.prompts)
+            expected = self._on_one_machine()
         torch.testing.assert_close(output.detach(), expected, rtol=0, atol=1e-5)
 
     def check_gradients(self, found: tuple[torch.Tensor, ...], times: int = 1) -> None:
-        output = run_blocks(self.span, self.hidden, self.lengths, self.prompts)
+        output = self._on_one_machine()
         wanted = torch.autograd.grad(output, self.inputs, times * self.gradient)
         for ours, theirs in zip(found, wanted, strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+    def _on_one_machine(self) -> torch.Tensor:
+        scales = scales_of(self.adapters)
+        return run_blocks(self.span, self.hidden, self.lengths, self.prompts, scales=scales)
 
 
 def route(fake: Fixture, *, backward: bool) -> list[str]:
@@ -680,3 +694,65 @@ def test_bad_input_never_reaches_a_server(fake: Fixture, changes: dict[str, torc
     with pytest.raises(UsageError, match=text):
         fake.passes.run_blocks(SPAN, inputs["hidden"], LENGTHS, inputs["prompts"])
     assert fake.swarm.calls == [] and fake.swarm.searches == 0
+
+
+# --- adapters of servers ---------------------------------------------------------------------------------------------
+
+ONE, TWO = AdapterRef("one", f"{1:016x}"), AdapterRef("two", f"{2:016x}")
+
+
+def give_adapters(fake: Fixture, names: str, *adapters: AdapterRef) -> None:
+    for name in names:
+        fake.swarm[name].adapters = set(adapters)
+
+
+def test_rows_have_their_adapters_in_both_passes(fake: Fixture) -> None:
+    give_adapters(fake, "BCDE", ONE, TWO)
+    fake.swarm.add("F", 0, 3).adapters = {ONE, TWO}
+    Batch(adapters=(ONE, None, TWO)).check(fake.passes)
+    assert route(fake, backward=False) == ["F", "B", "C"]
+    assert route(fake, backward=True) == ["C", "B", "F"]
+    assert {call.adapters for call in fake.swarm.calls} == {("one", None, "two")}
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_each_part_of_a_batch_has_the_adapters_of_its_rows(fake: Fixture) -> None:
+    give_adapters(fake, "AC", ONE, TWO)
+    give_adapters(fake, "B", TWO)
+    give_adapters(fake, "DE", ONE)
+    Batch((10, 9, 8), adapters=(ONE, TWO, None)).check(fake.passes)
+    calls = {(call.server, call.adapters) for call in fake.swarm.calls if not call.backward}
+    assert {adapters for server, adapters in calls if server == "B"} == {("two",), ()}
+    assert {adapters for server, adapters in calls if server in "DE"} == {("one",)}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_replacement_has_the_adapters_too(fake: Fixture, backward: bool) -> None:
+    give_adapters(fake, "ABCDE", ONE)
+    fake.swarm["B"].failures = [*([None] * backward), PeerUnreachable("gone")]
+    Batch(adapters=(ONE, None, ONE)).check(fake.passes)
+    assert {call.adapters for call in fake.swarm.calls} == {("one", None, "one")}
+    assert route(fake, backward=backward).count("E") == 1
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_server_without_the_adapter_is_passed_over_and_not_banned(fake: Fixture, backward: bool) -> None:
+    give_adapters(fake, "ABCDE", ONE)
+    fake.swarm["B"].failures = [*([None] * backward), AdapterNotHere("no adapter 'one'")]
+    Batch(adapters=(ONE,) * 3).check(fake.passes)
+    assert "B" not in fake.swarm.banned
+    assert route(fake, backward=backward).count("E") == 1
+    Batch(adapters=(ONE,) * 3).check(fake.passes)
+    assert fake.swarm.calls[-1].server == "A" and "B" in route(fake, backward=backward)[3:]  # asked again
+
+
+def test_an_adapter_that_no_server_turns_out_to_have(fake: Fixture) -> None:
+    give_adapters(fake, "ABCDE", ONE)
+    fake.connect(max_retries=2)
+    fake.swarm["A"].failures = [AdapterNotHere(f"no adapter 'one', answer {number}") for number in range(9)]
+    with pytest.raises(
+        AdapterNotServed, match=r"no server of blocks 0:3 has the adapters of the batch \(no adapter 'one'"
+    ):
+        Batch(adapters=(ONE,) * 3).forward(fake.passes)
+    assert len(fake.swarm["A"].failures) == 6  # asked once for each try, bounded by max_retries
+    assert fake.swarm.banned == set()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from swarm import passes as messages
 from swarm.client import pass_client
 from swarm.client.pass_client import PassInput, SwarmPassClient
 from swarm.codecs import Codec
-from swarm.data_structures import BlockSpan
+from swarm.data_structures import AdapterRef, BlockSpan
 from swarm.errors import (
     EngineError,
     MessageTooLarge,
@@ -29,7 +30,7 @@ from swarm.errors import (
     to_wire,
 )
 from swarm.passes import PASS_STREAM, PassRequest, PassResult, TensorPart, parts_of, tensor_bytes
-from swarm.protocol import ErrorReply, Moving, TensorMeta
+from swarm.protocol import ErrorReply, Moving, TensorMeta, row_adapters
 from swarm.routing.chain import ChainLink
 from swarm.rpc import FrameStream
 from swarm.tensors import decode, encode
@@ -145,8 +146,15 @@ async def test_a_forward_pass(server: Server) -> None:
     assert torch.equal(output.hidden, 2 * FORWARD.hidden) and output.prompts is None
     (request,) = server.requests
     assert (request.fingerprint, request.span, request.lengths) == (FINGERPRINT, LINK.span, (3, 1))
-    assert request.prompts is None and request.gradient is None
+    assert request.prompts is None and request.gradient is None and request.adapters is None
     assert torch.equal(server.received[0], FORWARD.hidden)
+
+
+@pytest.mark.parametrize("work", [FORWARD, BACKWARD], ids=["forward", "backward"])
+async def test_the_request_names_the_adapters(server: Server, work: PassInput) -> None:
+    adapters = row_adapters([AdapterRef("one", "1" * 16), None])
+    await run(replace(work, adapters=adapters))
+    assert server.requests[0].adapters == adapters
 
 
 @pytest.mark.parametrize("rows_per_part", [100, 3, 1])

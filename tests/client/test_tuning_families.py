@@ -56,8 +56,8 @@ def test_soft_prompts(model_type, tmp_path, monkeypatch):
     if hasattr(blocks, "embedding_multiplier"):
         blocks.embedding_multiplier = 1.0  # the client's part, as on real servers
 
-    def run_row(model, span, hidden, prompts):
-        assert len(span) == 4 and prompts is None
+    def run_row(model, span, hidden, prompts, adapter):
+        assert len(span) == 4 and prompts is None and adapter is None
         return blocks(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
 
     monkeypatch.setattr("local_blocks.run_row", run_row)

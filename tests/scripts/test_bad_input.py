@@ -192,7 +192,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, closed_port: int) -> None:
 
 # How to find the swarm, for every command that joins one
 
-JOINING = ["run-server", "generate", "chat", "health"]
+JOINING = ["run-server", "generate", "chat", "health", "adapters"]
 
 
 @pytest.fixture
@@ -205,6 +205,7 @@ def join(refused: Callable[..., tuple[int, str]], tiny_chat_folder: Path) -> Cal
             "generate": [tiny_chat_folder, "--prompt", "w17"],
             "chat": [tiny_chat_folder],
             "health": ["--once"],
+            "adapters": ["tiny-chat"],
         }
         return refused(command, *arguments[command], "--initial-peers", *peers)
 
@@ -251,16 +252,34 @@ def test_every_command_checks_addresses(join: Callable[..., tuple[int, str]], co
     assert "a bad port after /tcp: 'x'" in line
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "health"])
+@pytest.mark.parametrize("command", ["generate", "chat", "health", "adapters"])
 def test_a_client_without_a_swarm(
     refused: Callable[..., tuple[int, str]], tiny_chat_folder: Path, command: str
 ) -> None:
-    arguments = {"generate": [tiny_chat_folder, "--prompt", "w17"], "chat": [tiny_chat_folder], "health": ["--once"]}
+    arguments = {
+        "generate": [tiny_chat_folder, "--prompt", "w17"],
+        "chat": [tiny_chat_folder],
+        "health": ["--once"],
+        "adapters": ["tiny-chat"],
+    }
     code, line = refused(command, *arguments[command])
     assert (code, line) == (2, "say which swarm: --initial-peers ADDR... with the address of a live peer")
 
 
 # What the swarm does not serve
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_an_adapter_that_no_server_has(
+    refused: Callable[..., tuple[int, str]], tiny_swarm: LocalSwarm, tiny_chat_folder: Path, command: str
+) -> None:
+    options = ["--prompt", "w17"] if command == "generate" else []
+    peers = ["--initial-peers", *tiny_swarm.initial_peers]
+    code, line = refused(command, tiny_chat_folder, *options, *peers, "--adapter", "french")
+    assert (code, line) == (1, "no server has an adapter named 'french'; no server has any adapter")
+    code, line = refused(command, tiny_chat_folder, *options, *peers, "--adapter", "my french")
+    assert code == 2
+    assert "active_adapter" in line
 
 
 def test_a_model_that_the_swarm_does_not_serve(

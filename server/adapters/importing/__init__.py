@@ -42,12 +42,13 @@ class _Adapter(Protocol):
     def forms(self, base: BaseBlocks) -> AdapterForms: ...
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, *, label: str | None = None) -> Manifest:
     """Check an adapter's configuration and the header of its weights. Raises AdapterError.
 
     No tensor is understood, but all bytes are read once, for the digest.
+    label: what messages call the adapter; None: the folder's name.
     """
-    files = open_files(folder)
+    files = open_files(folder, label)
     format_name, adapter = _recognise(files)
     paths = [files.config_path, files.weights_path]
     try:
@@ -57,12 +58,13 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(adapter.kind, digest, size, format_name)
 
 
-def import_adapter(folder: Path, base: BaseBlocks) -> AdapterForms:
+def import_adapter(folder: Path, base: BaseBlocks, *, label: str | None = None) -> AdapterForms:
     """An adapter for the blocks of `base`; of the weights only what these need is read.
 
     Raises AdapterError for files that are damaged, made for another model, or say what the normal form cannot express.
+    label: what messages call the adapter; None: the folder's name.
     """
-    _, adapter = _recognise(open_files(folder))
+    _, adapter = _recognise(open_files(folder, label))
     return adapter.forms(base)
 
 

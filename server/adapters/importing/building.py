@@ -9,7 +9,7 @@ import torch
 
 from swarm.errors import AdapterError
 
-from ..base import BaseBlocks
+from ..base import BaseBlocks, is_linear
 from ..forms import AdapterForms, BlockForms, Bottleneck, KeyValuePrefix, LinearForm, LowRank, NormForm, Sparse
 
 
@@ -53,7 +53,23 @@ class FormsBuilder:
         up_bias: torch.Tensor | None,
         activation: str,
     ) -> None:
-        self._base.module(block, path)
+        """Behind the block ("") or a module whose outputs are hidden states: a child of the block or a linear layer."""
+        hidden_size = len(up)
+        if not len(down):
+            raise AdapterError(f"{self._label} has a bottleneck of rank 0 behind {path!r} of block {block}")
+        module = self._base.module(block, path)
+        if is_linear(module):
+            outputs = self._base.linear(block, path).out_features
+            if outputs != hidden_size:
+                raise AdapterError(
+                    f"{self._label} has a bottleneck for {hidden_size} values behind {path} of block {block}, "
+                    f"which gives {outputs}"
+                )
+        elif "." in path:
+            raise AdapterError(
+                f"{self._label} has a bottleneck behind {path} of block {block}: it may stand behind the block, "
+                "a child of it or a linear layer"
+            )
         self._bottlenecks[block][path] = Bottleneck(
             self._own(down),
             self._own(up),
@@ -89,9 +105,9 @@ class FormsBuilder:
         blocks = []
         for block in self._base.span.blocks():
             linear = {
-                path: self._finish(number, path, parts)
+                path: form
                 for (number, path), parts in self._linear.items()
-                if number == block
+                if number == block and (form := self._finish(number, path, parts)) != LinearForm()
             }
             blocks.append(BlockForms(linear, self._bottlenecks.get(block, {}), self._norms.get(block, {})))
         return AdapterForms(blocks, self._prefix)
@@ -106,7 +122,7 @@ class FormsBuilder:
             None if parts.scale_out is None else self._own(parts.scale_out),
             None if bias is None else self._own(bias),
             low_rank,
-            None if parts.sparse is None else self._own_sparse(parts.sparse),
+            None if parts.sparse is None or not len(parts.sparse.values) else self._own_sparse(parts.sparse),
         )
 
     def _bias_out(self, block: int, path: str, parts: LinearParts) -> torch.Tensor | None:

@@ -34,7 +34,7 @@ class TensorInfo(NamedTuple):
 class AdapterFiles:
     """The files of one adapter; no tensor is read before it is asked for.
 
-    label: the folder's name, for messages.
+    label: what messages call it.
     """
 
     label: str
@@ -85,15 +85,15 @@ class AdapterFiles:
         return tensor
 
 
-def open_files(folder: Path) -> AdapterFiles:
+def open_files(folder: Path, label: str | None = None) -> AdapterFiles:
     """Find an adapter's files in a folder; reads the configuration and the header of the weights."""
-    label = folder.name
+    label = label or folder.name
     for config_name, weights_names in FORMATS.items():
         if not (folder / config_name).is_file():
             continue
         weights = next((folder / name for name in weights_names if (folder / name).is_file()), None)
         if weights is None:
-            raise AdapterError(_no_weights(folder, weights_names))
+            raise AdapterError(_no_weights(folder, weights_names, label))
         config = _read_json(folder / config_name)
         handle, tensors = _open_weights(weights)
         return AdapterFiles(label, folder / config_name, weights, config, tensors, handle)
@@ -119,14 +119,14 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _no_weights(folder: Path, weights_names: Sequence[str]) -> str:
+def _no_weights(folder: Path, weights_names: Sequence[str], label: str) -> str:
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
     if pickles:
         return (
-            f"{folder.name} has its weights as a pickle ({pickles[0]}), which is never loaded; "
+            f"{label} has its weights as a pickle ({pickles[0]}), which is never loaded; "
             f"save them as {weights_names[0]} (safetensors)"
         )
-    return f"{folder.name} has no weights: {' or '.join(weights_names)} is missing"
+    return f"{label} has no weights: {' or '.join(weights_names)} is missing"
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

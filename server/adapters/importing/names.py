@@ -82,6 +82,7 @@ def matches(pattern: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
+@lru_cache(maxsize=8192)
 def _plain(pattern: str) -> str | None:
     """What a pattern without anything special means, which is the usual one; None for others."""
     name = pattern.replace("\\.", ".")

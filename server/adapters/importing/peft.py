@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from swarm.errors import AdapterError
 
 from ..base import BaseBlocks, is_linear
@@ -116,6 +118,7 @@ def _import_modules(
             raise AdapterError(f"the adapter {files.label} lacks {lacking[0]} of {path} in block {block}")
         if block in base.span:
             kind.run(Module(files, names, base, builder, block, path), settings)
+    _check_biases(files, settings, found, others, base)
     _import_others(files, settings, others, base, builder)
 
 
@@ -186,6 +189,21 @@ def _transformed(settings: TargetedSettings, base: BaseBlocks, label: str) -> Co
     if isinstance(layers, int):
         return [layers]
     return layers or base.span.blocks()
+
+
+def _check_biases(
+    files: AdapterFiles, settings: TargetedSettings, found: _Names, others: _Names, base: BaseBlocks
+) -> None:
+    """`bias` says which of the base's biases were trained: all, or those of the changed modules ("lora_only")."""
+    trained = getattr(settings, "bias", "none")
+    for block in base.span.blocks() if trained != "none" else ():
+        for path, module in base.module(block, "").named_modules():
+            has_bias = isinstance(getattr(module, "bias", None), torch.Tensor)
+            is_trained = trained == "all" or (block, path) in found
+            if has_bias and is_trained and "bias" not in others.get((block, path), {}):
+                raise AdapterError(
+                    f"{files.label} lacks the bias of {path} in block {block}, unlike what its bias says"
+                )
 
 
 def _import_others(

@@ -17,7 +17,9 @@ from .files import parse, short
 
 Rank = Annotated[int, Field(ge=1, le=2**16)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Names = list[str] | str | None
+#: Every module is compared with every name, so there are bounds; real adapters have fewer.
+MAX_NAMES = 4096
+Names = Annotated[list[str], Field(max_length=MAX_NAMES)] | str | None
 
 
 class PeftSettings(BaseModel):
@@ -47,7 +49,7 @@ class TargetedSettings(PeftSettings):
     target_modules: Names = None
     exclude_modules: Names = None
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    layers_pattern: Names = None
 
 
 class LoraSettings(TargetedSettings):
@@ -65,8 +67,8 @@ class LoraSettings(TargetedSettings):
     use_dora: bool = False
     lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
-    rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, Number] | None = None
+    rank_pattern: Annotated[dict[str, Rank], Field(max_length=MAX_NAMES)] | None = None
+    alpha_pattern: Annotated[dict[str, Number], Field(max_length=MAX_NAMES)] | None = None
     #: Some initialisations move a part of the base's weights into the adapter, so it fits another base than ours.
     init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal", "mica"] = True
 

@@ -12,6 +12,7 @@ import torch
 from dense_adapters import apply_forms, plain_base
 
 from swarm.data_structures import BlockSpan
+from swarm.server.adapters.forms import tensors_of
 from swarm.server.adapters.importing import import_adapter, read_manifest
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -70,7 +71,9 @@ def check() -> Callable[..., Any]:
         assert torch.equal(logits(model), plain)
         # A span in the middle has just its part of it.
         part = import_adapter(folder, plain_base(model, BlockSpan(start=3, end=5)))
-        assert [block.linear.keys() for block in part.blocks] == [block.linear.keys() for block in forms.blocks[3:5]]
+        for own, same in zip(part.blocks, forms.blocks[3:5], strict=True):
+            assert (own.linear.keys(), own.norms.keys()) == (same.linear.keys(), same.norms.keys())
+            assert all(torch.equal(a, b) for a, b in zip(tensors_of(own), tensors_of(same), strict=True))
         assert read_manifest(folder).file_bytes > 0
         return forms
 

@@ -13,7 +13,7 @@ from dense_adapters import apply_forms
 from made_forms import Maker
 
 from swarm.server.adapters.applied import Adapter
-from swarm.server.adapters.forms import LinearForm
+from swarm.server.adapters.forms import AdapterForms, BlockForms, Bottleneck, LinearForm
 from swarm.server.batch import WholeRows
 
 Replay = Span = KVCache = Any  # see conftest.py
@@ -201,3 +201,35 @@ def _plain_pass(model: Any, row: torch.Tensor, weights: torch.Tensor, form: Any)
 
 def _assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("first", ["linear", "bottleneck"])
+def test_a_bottleneck_behind_a_linear_layer_that_has_a_form_too(
+    replay: Replay, tiny_span: Span, tiny_model: Any, hidden_at_boundaries: Any, first: str
+) -> None:
+    """The bottleneck reads what the form made of the layer's output, whoever of them came first."""
+    maker = Maker(tiny_model, 5)
+    size = tiny_model.config.hidden_size
+    linear = [{"self_attn.o_proj": maker.scales(block.self_attn.o_proj)} for block in tiny_model.model.layers]
+    bottlenecks = [
+        {"self_attn.o_proj": Bottleneck(maker.normal(3, size), maker.normal(size, 3), activation="tanh")}
+        for _ in linear
+    ]
+    forms = {
+        "linear": AdapterForms([BlockForms(linear=own) for own in linear]),
+        "bottleneck": AdapterForms([BlockForms(bottlenecks=own) for own in bottlenecks]),
+        "both": AdapterForms([BlockForms(*own) for own in zip(linear, bottlenecks, strict=True)]),
+    }
+    rows = Rows(replay, tiny_model, {None: None}, {}, hidden_at_boundaries)
+    for name in (first, *(name for name in forms if name != first)):
+        rows._forms[name], rows._adapters[name] = forms[name], tiny_span.adapters.add(forms[name])
+    sessions = [rows.open(name, 12, seed) for seed, name in enumerate([*forms, None])]
+    rows.replay.run(*((session, 5) for session in sessions))
+    rows.replay.run(*((session, 1) for session in sessions))
+    for name in (first, *(name for name in forms if name != first)):
+        tiny_span.adapters.remove(rows._adapters.pop(name))
+        if name == first:
+            rows.replay.run(
+                *((session, 1) for session, own in zip(sessions, [*forms, None], strict=True) if own != name)
+            )
+    assert not any("forward" in vars(block.self_attn.o_proj) for block in tiny_span._model.layers)

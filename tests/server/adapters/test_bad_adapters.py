@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from dense_adapters import FINGERPRINT, plain_base
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from swarm.errors import AdapterError
@@ -122,6 +126,27 @@ def test_neither_peft_nor_adapterhub(tmp_path: Path) -> None:
     check_files(write(tmp_path, PEFT, {"r": 4}, lora_tensors()), "neither peft's, which has a peft_type")
 
 
+@given(st.integers(0, 2**32), st.integers(1, 4), st.sampled_from(["peft", "hub", "own"]), st.booleans())
+def test_whatever_the_bytes_are_they_are_refused_or_read(
+    tiny_model: Any, tmp_path_factory: pytest.TempPathFactory, seed: int, changes: int, kind: str, in_config: bool
+) -> None:
+    """Some bytes of one file changed at random."""
+    files, config, tensors = {
+        "peft": (PEFT, LORA, lora_tensors()),
+        "hub": (HUB, hub(), hub_tensors()),
+        "own": (OWN, OWN_CONFIG, own_tensors()),
+    }[kind]
+    folder = write(tmp_path_factory.mktemp("fuzz"), files, config, tensors)
+    path = folder / files[0 if in_config else 1]
+    data, random = bytearray(path.read_bytes()), Random(seed)
+    for _ in range(changes):
+        data[random.randrange(min(len(data), 4000))] = random.randrange(256)
+    path.write_bytes(data)
+    with contextlib.suppress(AdapterError):
+        read_manifest(folder)
+        import_adapter(folder, plain_base(tiny_model))
+
+
 # --- peft: kinds and fields ------------------------------------------------------------------------------------------
 
 
@@ -174,6 +199,7 @@ def test_an_initialisation_that_changed_the_base(tmp_path: Path, init: str) -> N
         ("lora_alpha", 1e999),
         ("lora_alpha", 10**400),
         ("bias", "some"),
+        ("target_modules", ["q"] * 5000),
     ],
 )
 def test_a_field_of_no_sense(tmp_path: Path, field: str, value: object) -> None:
@@ -553,6 +579,27 @@ UP = "blocks.1.mlp.up_proj"
 )
 def test_tensors_of_the_own_format(refused: Callable[..., None], name: str, tensor: torch.Tensor, words: str) -> None:
     refused(OWN, OWN_CONFIG, own_tensors() | {name: tensor}, words)
+
+
+def test_a_bottleneck_of_rank_0(refused: Callable[..., None]) -> None:
+    tensors = {"blocks.0.mlp.bottleneck.down": torch.ones(0, 64), "blocks.0.mlp.bottleneck.up": torch.ones(64, 0)}
+    refused(OWN, OWN_CONFIG, tensors, "has a bottleneck of rank 0 behind 'mlp' of block 0")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("mlp.up_proj", "has a bottleneck for 64 values behind mlp.up_proj of block 0, which gives 128"),
+        ("mlp.act_fn", "may stand behind the block, a child of it or a linear layer"),
+        ("mlp.experts", "has no module 'mlp.experts'"),
+    ],
+)
+def test_a_bottleneck_where_no_hidden_states_are(refused: Callable[..., None], path: str, words: str) -> None:
+    tensors = {
+        f"blocks.0.{path}.bottleneck.down": torch.ones(2, 64),
+        f"blocks.0.{path}.bottleneck.up": torch.ones(64, 2),
+    }
+    refused(OWN, OWN_CONFIG | {"bottlenecks": {path: "relu"}}, tensors, words)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from swarm.data_structures import BlockSpan
-from swarm.server.adapters.base import base_weight
+from swarm.errors import AdapterError
+from swarm.server.adapters.base import BaseBlocks, base_weight
 from swarm.server.adapters.forms import (
     AdapterForms,
     BlockForms,
@@ -30,6 +31,7 @@ from swarm.server.adapters.forms import (
 )
 from swarm.server.adapters.importing import import_adapter, read_manifest
 from swarm.server.adapters.importing.own import unpack_bits, write_own
+from swarm.server.loader import load_span
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -147,27 +149,46 @@ def test_a_mask_switches_weights_off(tiny_model: Any, tmp_path: Path) -> None:
     assert (answer - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_a_mask_takes_away_what_the_quantised_base_multiplies_by(tmp_path: Path, tiny_checkpoint: Any) -> None:
-    from swarm.server.adapters.base import BaseBlocks
-    from swarm.server.loader import load_span
-
-    cpu = torch.device("cpu")
-    blocks = BlockSpan(start=2, end=4)
+@pytest.fixture(scope="module")
+def quantised_base(tiny_checkpoint: Any) -> BaseBlocks:
+    """Blocks 2 and 3 of the tiny Llama in int8."""
+    cpu, blocks = torch.device("cpu"), BlockSpan(start=2, end=4)
     span = load_span(tiny_checkpoint, blocks, dtype=torch.float32, quantization="int8", device=cpu)
     base = BaseBlocks(
         span._model.layers, blocks, span._architecture, tiny_checkpoint.config, FINGERPRINT, cpu, torch.float32
     )
+    name = "model.layers.3.self_attn.q_proj.weight"
+    exact = tiny_checkpoint.read([name])[name]
+    assert (base_weight(base.linear(3, "self_attn.q_proj")) - exact).abs().max() > 1e-4, (
+        "the weights were not quantised"
+    )
+    return base
+
+
+def test_a_mask_takes_away_what_the_quantised_base_multiplies_by(tmp_path: Path, quantised_base: BaseBlocks) -> None:
     keep = torch.rand(64, 64) > 0.5
     mask = torch.from_numpy(np.packbits(keep.numpy(), axis=1))
     folder = write(tmp_path / "adapter", {"blocks.3.self_attn.q_proj.mask": mask})
-    sparse = import_adapter(folder, base).blocks[1].linear["self_attn.q_proj"].sparse
-    weight = base_weight(base.linear(3, "self_attn.q_proj"))
-    assert (
-        sparse is not None
-        and (weight - tiny_checkpoint.read(names := ["model.layers.3.self_attn.q_proj.weight"])[names[0]]).abs().max()
-        > 1e-4
-    ), "the weights were not quantised"
-    assert torch.equal(sparse.values, -weight[~keep])
+    sparse = import_adapter(folder, quantised_base).blocks[1].linear["self_attn.q_proj"].sparse
+    assert sparse is not None
+    assert torch.equal(sparse.values, -base_weight(quantised_base.linear(3, "self_attn.q_proj"))[~keep])
+
+
+def test_dora_divides_by_the_norm_of_the_quantised_base(tmp_path: Path, quantised_base: BaseBlocks) -> None:
+    """With magnitudes that are these norms and no difference, it does nothing."""
+    tensors = {}
+    for block in (2, 3):
+        name = f"base_model.model.model.layers.{block}.self_attn.q_proj"
+        weight = base_weight(quantised_base.linear(block, "self_attn.q_proj"))
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = torch.ones(4, 64), torch.zeros(64, 4)
+        tensors[f"{name}.lora_magnitude_vector"] = weight.norm(dim=1)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "use_dora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    scale = import_adapter(folder, quantised_base).blocks[1].linear["self_attn.q_proj"].scale_out
+    assert scale is not None and (scale - 1).abs().max() < 1e-6
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.randoms(use_true_random=False))
@@ -177,8 +198,6 @@ def test_bits_are_those_of_numpy(length: int, rows: int, random: Any) -> None:
 
 
 def test_different_activations_behind_one_module_cannot_be_written(tmp_path: Path) -> None:
-    from swarm.errors import AdapterError
-
     blocks = [
         BlockForms(bottlenecks={"mlp": Bottleneck(torch.ones(1, 4), torch.ones(4, 1), activation=activation)})
         for activation in ("relu", "gelu")

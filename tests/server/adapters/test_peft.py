@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from dense_adapters import plain_base
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2Config
 
-from swarm.server.adapters.importing import read_manifest
+from swarm.architectures import TESTED
+from swarm.errors import AdapterError
+from swarm.server.adapters.importing import import_adapter, read_manifest
 
 peft = pytest.importorskip("peft")
 
@@ -84,6 +87,41 @@ def test_lora_with_biases(model_with_biases: Any, save_peft: Save, check: Check,
     check(folder, model_with_biases, expected)
 
 
+@pytest.mark.parametrize("model_type", sorted(TESTED))
+def test_families(model_type: str, save_peft: Save, check: Check) -> None:
+    """All linear layers and norms of a block of every family that is served: they are found where peft finds them."""
+    config = CONFIG_MAPPING[model_type](
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        vocab_size=256,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    block = model.model.layers[0]
+    linear = [path for path, layer in block.named_modules() if isinstance(layer, torch.nn.Linear)]
+    norms = [name for name, child in block.named_children() if getattr(child, "weight", None) is not None]
+    config = peft.LoraConfig(target_modules=linear, use_dora=True, bias="all", modules_to_save=norms)
+    folder, expected = save_peft(model, config)
+    forms = check(folder, model, expected)
+    assert forms.blocks[5].linear.keys() == set(linear)
+    assert forms.blocks[5].norms.keys() == set(norms)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_lora_without_the_biases_that_it_says_it_has(model_with_biases: Any, save_peft: Save, bias: str) -> None:
+    folder, _ = save_peft(model_with_biases, peft.LoraConfig(target_modules=["q_proj"], bias=bias))
+    weights = folder / "adapter_model.safetensors"
+    lacking = "layers.2.self_attn.q_proj.base_layer.bias"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if not name.endswith(lacking)}, weights)
+    with pytest.raises(AdapterError, match=r"lacks the bias of self_attn\.q_proj in block 2"):
+        import_adapter(folder, plain_base(model_with_biases))
+
+
 def test_lora_in_half_precision_is_read(
     tiny_model: Any, save_peft: Save, load_peft: Callable[..., torch.Tensor], check: Check
 ) -> None:
@@ -110,7 +148,7 @@ def test_adalora_of_which_some_ranks_are_left(tiny_model: Any, save_peft: Save, 
     folder, expected = save_peft(tiny_model, config, ("lora_",), spread=0.5)
     forms = check(folder, tiny_model, expected)
     assert forms.blocks[2].linear["self_attn.q_proj"].low_rank.down.shape == (2, 64)
-    assert forms.blocks[3].linear["self_attn.q_proj"].low_rank is None
+    assert not forms.blocks[3].linear
 
 
 @pytest.mark.parametrize("with_biases", [False, True])
