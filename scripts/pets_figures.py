@@ -102,19 +102,21 @@ def measure_rows(
 
 
 def measure_order(report: Report, rig: Rig, own: Sequence[Adapter], steps: int, runs: int) -> None:
-    """What the order of the adapters' operations at a module changes."""
-    orders: tuple[Order, ...] = ("form", "intensity")
-    times: dict[str, list[float]] = {order: [] for order in orders}
+    """What the order of the adapters' operations at a module changes, and on a GPU what streams of their own do."""
+    adapters = rig.span.adapters
+    ways: dict[str, tuple[Order, bool]] = {"by form": ("form", False), "by intensity": ("intensity", False)}
+    if rig.span.device.type == "cuda":
+        ways["by intensity, on streams"] = ("intensity", True)
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(runs):
-        for order in orders:
-            rig.span.adapters.order = order
-            times[order].append(rig.decode_step(own, CONTEXT, steps))
-    rig.span.adapters.order = "form"
-    for name, found in times.items():
-        report.add(f"decode, {len(own)} rows, by {name}", "ms", [MILLISECONDS * seconds for seconds in found])
-    report.ratios["decode: by intensity / by form"] = statistics.median(times["form"]) / statistics.median(
-        times["intensity"]
-    )
+        for way, (adapters.order, adapters.streams) in ways.items():
+            times[way].append(rig.decode_step(own, CONTEXT, steps))
+    adapters.order, adapters.streams = "form", False
+    for way, found in times.items():
+        report.add(f"decode, {len(own)} rows, {way}", "ms", [MILLISECONDS * seconds for seconds in found])
+        if way != "by form":
+            ratio = statistics.median(times["by form"]) / statistics.median(found)
+            report.ratios[f"decode: {way} / by form"] = ratio
 
 
 def measure_stalls(
