@@ -21,9 +21,12 @@ def blocks_without(snapshot: Snapshot, span: BlockSpan, ref: AdapterRef) -> tupl
     return snapshot.only(able).missing_blocks(span)
 
 
-def explain_adapters(snapshot: Snapshot, span: BlockSpan, refs: Collection[AdapterRef]) -> AdapterNotServed:
-    """Why there is no chain with these adapters where there is one without. snapshot: of servers usable otherwise."""
-    lacks = [_describe_lack(snapshot, ref, blocks) for ref in refs if (blocks := blocks_without(snapshot, span, ref))]
+def explain_adapters(
+    everyone: Snapshot, usable: Snapshot, span: BlockSpan, refs: Collection[AdapterRef]
+) -> AdapterNotServed:
+    """Why there is no chain with these adapters where there is one without. usable: servers that would do but for the
+    adapters."""
+    lacks = [_describe_lack(everyone, ref, blocks) for ref in refs if (blocks := blocks_without(usable, span, ref))]
     if lacks:
         return AdapterNotServed("; ".join(lacks[:MAX_ADAPTERS_LISTED]))
     names = ", ".join(repr(ref.name) for ref in list(refs)[:MAX_ADAPTERS_LISTED])
@@ -51,7 +54,9 @@ def _describe_lack(snapshot: Snapshot, ref: AdapterRef, blocks: Collection[int])
     places = _blocks_by_digest(snapshot, ref.name)
     own = places.pop(ref.digest, set())
     text = f"blocks {format_blocks(blocks)} have no server with adapter {ref.name!r} (digest {ref.digest}); "
-    text += f"servers of blocks {format_blocks(own)} have it" if own else "nobody else has it either"
+    text += f"servers of blocks {format_blocks(own)} have it" if own else "nobody announces it"
+    if own.intersection(blocks):
+        text += ", but some of these cannot be used now"
     for digest, others in sorted(places.items())[:MAX_ADAPTERS_LISTED]:
         text += f", those of blocks {format_blocks(others)} have another one of that name (digest {digest})"
     return text

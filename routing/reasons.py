@@ -52,7 +52,7 @@ def explain_missing(
         {peer_id for peer_id, reason in reasons.items() if reason in (None, FULL, WITHOUT_ADAPTERS)}
     )
     if adapters and missing and not otherwise.missing_blocks(span):
-        return explain_adapters(otherwise, span, adapters)
+        return explain_adapters(snapshot, otherwise, span, adapters)
     holders = [record for record in snapshot.servers if any(block in record.info.span for block in missing)]
     counts = Counter(reasons[record.peer_id] or "free again" for record in holders)
     counted = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

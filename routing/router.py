@@ -222,8 +222,8 @@ class Router:
         if found is None or self._clock() - at >= self._config.update_period:
             found = await asyncio.to_thread(self._look_up, name)
             self._from_hub[name] = self._clock(), found
-        if blocks_without(self._allowed(), span, found):
-            raise explain_adapters(self._allowed(), span, [found])
+        if blocks_without(snapshot := self._allowed(), span, found):
+            raise explain_adapters(snapshot, snapshot, span, [found])
         return found
 
     def _allowed(self) -> Snapshot:

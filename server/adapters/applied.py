@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .forms import AdapterForms, KeyValuePrefix
-from .operators import Order
+from .operators import Order, SideStreams
 from .sites import ActiveBatch, Site, site_of
 from .tokens import Run, TokenMap
 
@@ -73,6 +73,17 @@ class AppliedAdapters:
         self._active.order = order
         for site in self._sites.values():
             site.plan_anew()
+
+    @property
+    def streams(self) -> bool:
+        """Whether operations at linear layers run on streams of their own, beside the base's product; on a GPU only."""
+        return self._active.streams is not None
+
+    @streams.setter
+    def streams(self, wanted: bool) -> None:
+        if wanted and self._device.type != "cuda":
+            raise ValueError(f"{self._device} has no streams")
+        self._active.streams = SideStreams(self._device) if wanted else None
 
     def add(self, forms: AdapterForms, cache: KVCache | None = None) -> Adapter:
         """Put an adapter into the blocks; rows that name it get it from now on. Its forms must fit: importers check.

@@ -15,7 +15,6 @@ from swarm.architectures import Architecture
 from swarm.data_structures import BlockSpan
 from swarm.errors import AdapterError
 
-from ..nf4_linear import FrozenLinear4bit
 from ..packed_linear import PackedLinear
 
 
@@ -71,7 +70,9 @@ def is_linear(module: nn.Module) -> bool:
 @torch.no_grad()
 def base_weight(layer: nn.Module) -> torch.Tensor:
     """What a linear layer multiplies by, unpacked and dequantised: float32 [out_features, in_features]."""
-    from bitsandbytes.nn import Linear8bitLt
+    from bitsandbytes.nn import Linear8bitLt  # takes a while, and not every server needs it
+
+    from ..nf4_linear import FrozenLinear4bit
 
     if isinstance(layer, FrozenLinear4bit):
         return layer._dequantized().float()

@@ -9,7 +9,7 @@ launch for all tasks of a kind; here kinds of the same form share it as well).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +23,8 @@ from .tokens import TokenMap
 
 Form = TypeVar("Form")
 Members = tuple[tuple[Hashable, int], ...]
+#: Rows of a batch, and what an operation adds to them: [rows, out_features].
+Product = tuple[slice | torch.Tensor, torch.Tensor]
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -102,7 +104,26 @@ def rank_bucket(rank: int) -> int:
     return 1 << (rank - 1).bit_length()
 
 
-class TwoProducts(Group[LowRank | Bottleneck]):
+class Products(Group[Form]):
+    """Members whose operation adds to some rows."""
+
+    @property
+    def work(self) -> Work:
+        """For one member with one token."""
+        raise NotImplementedError
+
+    def products(self, input: torch.Tensor, tokens: TokenMap, members: Members) -> Iterator[Product]:
+        """input: [tokens, in_features]"""
+        raise NotImplementedError
+
+    def add_to(self, output: torch.Tensor, input: torch.Tensor, tokens: TokenMap, members: Members) -> torch.Tensor:
+        """output: [tokens, out_features], changed where no gradients are wanted; input: [tokens, in_features]."""
+        for where, rows in self.products(input, tokens, members):
+            output = add_rows(output, where, rows)
+        return output
+
+
+class TwoProducts(Products[LowRank | Bottleneck]):
     """`up(activation(down x + down_bias)) + up_bias`, of rank `rank` or less."""
 
     def __init__(self, example: LowRank | Bottleneck):
@@ -141,13 +162,11 @@ class TwoProducts(Group[LowRank | Bottleneck]):
 
     @property
     def work(self) -> Work:
-        """For one member with one token."""
         rank, in_features = self.down.shape[1:]
         numbers, moved = rank * (in_features + self.up.shape[1]), in_features + 2 * self.up.shape[1]
         return Work(2.0 * numbers, self.down.element_size() * (numbers + moved))
 
-    def add_to(self, output: torch.Tensor, input: torch.Tensor, tokens: TokenMap, members: Members) -> torch.Tensor:
-        """output: [tokens, out_features], changed where no gradients are wanted; input: [tokens, in_features]."""
+    def products(self, input: torch.Tensor, tokens: TokenMap, members: Members) -> Iterator[Product]:
         arranged = tokens.arrange(members, self.num_slots)
         if (padded := arranged.padded) is not None:
             inner = torch.bmm(padded.put(input), padded.of(self.down).transpose(1, 2))
@@ -156,7 +175,7 @@ class TwoProducts(Group[LowRank | Bottleneck]):
             outer = torch.bmm(inner, padded.of(self.up).transpose(1, 2))
             if self._biases is not None:
                 outer = outer + padded.of(self._biases[1])
-            output = _add_rows(output, padded.tokens, padded.take(outer))
+            yield padded.tokens, padded.take(outer)
         for slot, where in arranged.long:
             inner = input[where] @ self.down[slot].t()
             if self._biases is not None:
@@ -164,8 +183,7 @@ class TwoProducts(Group[LowRank | Bottleneck]):
             outer = inner @ self.up[slot].t()
             if self._biases is not None:
                 outer = outer + self._biases[1][slot]
-            output = _add_rows(output, where, outer)
-        return output
+            yield where, outer
 
 
 class Vectors(Group[torch.Tensor]):
@@ -195,7 +213,7 @@ class Vectors(Group[torch.Tensor]):
         return self._pool[slots] if isinstance(slots, int) else self._pool.index_select(0, slots)
 
 
-class SparseProducts(Group[Sparse]):
+class SparseProducts(Products[Sparse]):
     """`S x` of every member, all of them as one block-diagonal sparse matrix where each has few tokens."""
 
     def __init__(self, example: Sparse):
@@ -212,7 +230,6 @@ class SparseProducts(Group[Sparse]):
 
     @property
     def work(self) -> Work:
-        """For one member with one token."""
         entries = [len(form.values) for form in self._forms if form is not None]
         mean = sum(entries) / max(1, len(entries))
         return Work(2.0 * mean, 8.0 * mean + 4.0 * (self._in + 2 * self._out))  # a value and a column each
@@ -235,18 +252,16 @@ class SparseProducts(Group[Sparse]):
     def _changed(self) -> None:
         self._together = None
 
-    def add_to(self, output: torch.Tensor, input: torch.Tensor, tokens: TokenMap, members: Members) -> torch.Tensor:
-        """output: [tokens, out_features], changed where no gradients are wanted; input: [tokens, in_features]."""
+    def products(self, input: torch.Tensor, tokens: TokenMap, members: Members) -> Iterator[Product]:
         arranged = tokens.arrange(members, self.num_slots, all_slots=True)
         if (padded := arranged.padded) is not None:
             if self._together is None:
                 self._together = _SparseMatrix(self._forms, self._out, self._in)
             columns = padded.put(input).transpose(1, 2).reshape(-1, padded.width)
             product = self._together.product(columns).view(self.num_slots, self._out, padded.width)
-            output = _add_rows(output, padded.tokens, padded.take(product.transpose(1, 2)))
+            yield padded.tokens, padded.take(product.transpose(1, 2))
         for slot, where in arranged.long:
-            output = _add_rows(output, where, self._alone(slot).product(input[where].t()).t())
-        return output
+            yield where, self._alone(slot).product(input[where].t()).t()
 
     def _alone(self, slot: int) -> _SparseMatrix:
         matrix = self._matrices[slot]
@@ -266,14 +281,14 @@ class _SparseMatrix:
                 rows.append(block.indices // in_features + number * out_features)
                 columns.append(block.indices % in_features + number * in_features)
                 values.append(block.values)
-        self._shape = len(blocks) * out_features, len(blocks) * in_features
-        self._rows, self._columns, self._values = torch.cat(rows), torch.cat(columns), torch.cat(values)
-        self._matrix = _compressed(self._rows, self._columns, self._values, self._shape)
+        shape = len(blocks) * out_features, len(blocks) * in_features
+        self._matrix = _compressed(torch.cat(rows), torch.cat(columns), torch.cat(values), shape)
         self._transposed: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes + 2 * self._columns.nbytes + 2 * self._values.nbytes
+        matrices = [matrix for matrix in (self._matrix, self._transposed) if matrix is not None]
+        return sum(part.nbytes for matrix in matrices for part in _parts_of(matrix))
 
     def product(self, columns: torch.Tensor) -> torch.Tensor:
         """[all in_features, n] -> [all out_features, n]"""
@@ -285,12 +300,8 @@ class _SparseMatrix:
     def backward_product(self, gradient: torch.Tensor) -> torch.Tensor:
         if self._transposed is None:
             with torch.inference_mode(False):
-                self._transposed = self._transpose()
+                self._transposed = _transpose(self._matrix)
         return (self._transposed @ gradient.float()).to(gradient.dtype)
-
-    def _transpose(self) -> torch.Tensor:
-        order = torch.argsort(self._columns.long() * self._shape[0] + self._rows)
-        return _compressed(self._columns[order], self._rows[order], self._values[order], self._shape[::-1])
 
 
 def _compressed(
@@ -302,6 +313,19 @@ def _compressed(
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(enable=False):
         warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)")
         return torch.sparse_csr_tensor(starts, columns.to(torch.int32), values, shape, check_invariants=False)
+
+
+def _parts_of(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where each row starts, columns, values."""
+    return matrix.crow_indices(), matrix.col_indices(), matrix.values()
+
+
+def _transpose(matrix: torch.Tensor) -> torch.Tensor:
+    starts, columns, values = _parts_of(matrix)
+    num_rows, num_columns = matrix.shape
+    rows = torch.arange(num_rows, device=columns.device).repeat_interleave(starts.diff())
+    order = torch.argsort(columns.long() * num_rows + rows)
+    return _compressed(columns[order], rows[order], values[order], (num_columns, num_rows))
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -318,7 +342,7 @@ class _SparseProduct(torch.autograd.Function):
         return ctx.matrix.backward_product(gradient), None
 
 
-def _add_rows(output: torch.Tensor, where: slice | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def add_rows(output: torch.Tensor, where: slice | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`output` with `rows` added at these places; changed itself where no gradients are wanted."""
     if not torch.is_grad_enabled():
         if isinstance(where, slice):

@@ -15,8 +15,8 @@ from torch import nn
 
 from .base import is_linear
 from .forms import Bottleneck, LinearForm, LowRank, NormForm, Sparse
-from .groups import Group, Members, SparseProducts, TwoProducts, Vectors, rank_bucket
-from .operators import Order, in_order
+from .groups import Group, Members, Product, SparseProducts, TwoProducts, Vectors, add_rows, rank_bucket
+from .operators import Order, SideStreams, in_order
 from .tokens import TokenMap
 
 SiteForm = TypeVar("SiteForm", LinearForm, Bottleneck, NormForm)
@@ -27,6 +27,7 @@ class ActiveBatch:
 
     tokens: TokenMap | None = None
     order: Order = "form"
+    streams: SideStreams | None = None
 
 
 class Site(Generic[SiteForm]):
@@ -150,6 +151,13 @@ class Plan(NamedTuple):
             output = group.add_to(output, input, tokens, members)
         return output
 
+    def products_beside(self, input: torch.Tensor, tokens: TokenMap, streams: SideStreams) -> list[Product]:
+        """The same products, each operation's on a stream of its own; to be joined before they are used."""
+        found: list[Product] = []
+        for number, (group, members) in enumerate(self.products):
+            found += streams.run(number, input, partial(group.products, input, tokens, members))
+        return found
+
 
 def _size_of(form: LowRank | Bottleneck | Sparse) -> Hashable:
     """Forms with equal ones share a pool."""
@@ -182,8 +190,16 @@ class LinearSite(Site[LinearForm]):
         (input,) = arguments
         rows = _rows_of(input, tokens)
         scale_in = plan.vector("scale_in", tokens)
+        streams = None if torch.is_grad_enabled() else self._active.streams
+        beside = None if streams is None else plan.products_beside(rows, tokens, streams)
         output: torch.Tensor = self._plain(input if scale_in is None else (rows * scale_in).view(input.shape))
-        flat = plan.add_products(output.reshape(len(rows), -1), rows, tokens)
+        flat = output.reshape(len(rows), -1)
+        if streams is None or beside is None:
+            flat = plan.add_products(flat, rows, tokens)
+        else:
+            streams.join(product for _, product in beside)
+            for where, product in beside:
+                flat = add_rows(flat, where, product)
         if (scale_out := plan.vector("scale_out", tokens)) is not None:
             flat = flat * scale_out
         if (bias_out := plan.vector("bias_out", tokens)) is not None:

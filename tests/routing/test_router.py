@@ -593,7 +593,7 @@ async def test_other_contents_of_the_same_name_are_another_adapter():
     world = World([record("A", 0, 30, adapters=having(FR._replace(digest="9" * 16)))])
     with pytest.raises(
         AdapterNotServed,
-        match=r"^blocks 0:30 have no server with adapter 'fr' \(digest 1{16}\); nobody else has it either, those of "
+        match=r"^blocks 0:30 have no server with adapter 'fr' \(digest 1{16}\); nobody announces it, those of "
         r"blocks 0:30 have another one of that name \(digest 9{16}\)$",
     ):
         await world.route(adapters=[FR])
@@ -611,6 +611,13 @@ async def test_blocks_without_the_adapter_are_named():
     # not only the adapter is missing
     with pytest.raises(MissingBlocks, match=r"\(2 excluded, 1 without the adapters\)"):
         await world.route(adapters=[FR], exclude={"A", "C"})
+
+
+async def test_a_server_with_the_adapter_that_failed_lately_is_mentioned():
+    world = World([record("A", 0, 30, adapters=having(FR)), record("B", 0, 30)])
+    world.router.report_failure("A")
+    with pytest.raises(AdapterNotServed, match="servers of blocks 0:30 have it, but some of these cannot be used now"):
+        await world.route(adapters=[FR])
 
 
 async def test_no_server_with_all_the_adapters_of_the_rows():
