@@ -115,6 +115,11 @@ class KVCache:
         with self._lock:
             return self._pages_left() * self.page_size
 
+    def pages_lacking(self, num_rows: int, max_length: int) -> int:
+        """Pages that must become free before `admit` takes these rows; 0 if it does now."""
+        with self._lock:
+            return max(0, num_rows * self._pages_for(max_length) - self._pages_left())
+
     def _pages_left(self) -> int:
         return min(self.num_pages - self._lasting_pages, int(self.overcommit * self.num_pages) - self._reserved_pages)
 

@@ -240,7 +240,7 @@ class Server:
             busy_rows=self._load_average.rows,
             session_rows=sum(len(session.rows) for session in self._cache.sessions()),
             numerics=self._numerics,
-            cache_tokens_left=self._cache.tokens_left,
+            cache_tokens_left=self._cache.tokens_left + (0 if adapters is None else adapters.idle_cache_tokens),
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,

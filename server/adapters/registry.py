@@ -268,6 +268,28 @@ class AdapterRegistry:
         if not entry.users and not entry.names:
             self._forget(entry)
 
+    @property
+    def idle_cache_tokens(self) -> int:
+        """Tokens of the KV cache that prefixes take which nobody uses: `make_cache_room` gives them back."""
+        return self._cache.page_size * sum(self._prefix_pages(entry) for entry in self._idle())
+
+    async def make_cache_room(self, num_rows: int, max_length: int) -> bool:
+        """Unload adapters whose prefixes stand where a session wants to. False if it does not fit even so."""
+        lacking = self._cache.pages_lacking(num_rows, max_length)
+        if self._cache.page_size * lacking > self.idle_cache_tokens:
+            return False
+        for entry in self._idle():
+            if lacking > 0 and (pages := self._prefix_pages(entry)):
+                self._unload(entry)
+                lacking -= pages
+        await asyncio.wrap_future(self._errands.run_between(lambda: None))  # once those are unloaded
+        return True
+
+    @staticmethod
+    def _prefix_pages(entry: _Entry) -> int:
+        row = None if entry.loaded is None else entry.loaded.prefix_row
+        return 0 if row is None else len(row.pages)
+
     # --- memory ---
 
     async def _load(self, name: str, entry: _Entry) -> None:
@@ -312,7 +334,7 @@ class AdapterRegistry:
                     adding = self._errands.run_between(lambda: self._applied.add(forms, self._cache))
                     return await asyncio.wrap_future(adding)
                 except CacheFull:  # for its prefix
-                    idle = next((entry for entry in self._idle() if entry.loaded and entry.loaded.prefix_tokens), None)
+                    idle = next((entry for entry in self._idle() if self._prefix_pages(entry)), None)
                     if idle is None:
                         raise
                     self._unload(idle)

@@ -107,6 +107,7 @@ class FakeBlocks:
         row = None
         if forms.prefix is not None:
             (row,) = cache.admit(1, forms.prefix.num_tokens, lasting=True)
+            cache.grow(row, forms.prefix.num_tokens)
         adapter = Adapter(forms, row)
         self.present.append(adapter)
         self.num_added += 1
@@ -470,6 +471,22 @@ async def test_a_prefix_that_nobody_uses_makes_room_for_another(fake: Fixture, t
     assert fake.registry.loaded_bytes == 200
     fake.registry.unregister("c")
     assert fake.cache.tokens_left == 2 * PAGE
+
+
+async def test_prefixes_that_nobody_uses_make_room_for_sessions(fake: Fixture, tmp_path: Path) -> None:
+    await register(fake, tmp_path, "a", "b", "c", prefix=PAGE)
+    for name in ("a", "b", "c"):
+        (await fake.lease(name)).release()
+    with await fake.lease("b"):
+        assert (fake.cache.tokens_left, fake.registry.idle_cache_tokens) == (PAGE, 2 * PAGE)
+        assert not await fake.registry.make_cache_room(1, 3 * PAGE + 1)
+        assert fake.registry.loaded_bytes == 300, "nothing is given up in vain"
+        assert await fake.registry.make_cache_room(2, PAGE)
+        assert (fake.cache.tokens_left, fake.registry.idle_cache_tokens) == (2 * PAGE, PAGE)
+        assert await fake.registry.make_cache_room(1, 3 * PAGE)
+        assert (fake.cache.tokens_left, fake.registry.idle_cache_tokens) == (3 * PAGE, 0)
+        assert fake.registry.loaded_bytes == 100
+    (await fake.lease("a")).release()
 
 
 async def test_a_prefix_longer_than_the_cache_never_fits(fake: Fixture, tmp_path: Path) -> None:

@@ -389,3 +389,20 @@ async def test_a_prefix_that_finds_no_cache_is_refused_and_others_are_not(
     await world.wait_until(lambda: world.cache.tokens_left > 64)
     rows = Rows(await open_rows(world, ["prefix"]), tiny_model, forms, ["prefix"])
     await rows.step((0, 0, 3))
+
+
+async def test_a_prefix_that_nobody_uses_makes_room_for_a_session(world: World, tiny_model: Any, forms: Any) -> None:
+    left = world.cache.tokens_left
+    first = await open_rows(world, ["prefix"])
+    assert world.cache.tokens_left == left - 64 - 8  # two pages of the prefix
+    await first.send(CloseSession())
+    await world.wait_until(lambda: len(world.handler.sessions) == 1)
+    assert (world.cache.tokens_left, world.registry.idle_cache_tokens) == (left - 8, 8)
+    large = await world.open(world.honest, max_length=left)
+    await large.step(3)
+    client = await world.connect(world.honest)
+    refused(await client.open(max_length=8), CacheFull, "room for 0 more")
+    await large.send(CloseSession())
+    await world.wait_until(lambda: len(world.handler.sessions) == 1)
+    rows = Rows(await open_rows(world, ["prefix"]), tiny_model, forms, ["prefix"])
+    await rows.step((0, 0, 3))
