@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 MAX_NAME = 64
+#: Adapters of the hub that are fetched or wait for their turn; whoever wants another one goes elsewhere.
+MAX_FETCHING = 16
 #: As `AdapterInfo` takes it.
 NAME = re.compile(rf"[\x21-\x7e]{{1,{MAX_NAME}}}")
 #: (name, bytes, nanoseconds of the last change) of each file in a folder.
@@ -120,9 +124,8 @@ class AdapterRegistry:
         self._manifests: dict[tuple[Path, Stamp], Manifest] = {}
         # One at a time, on one core: loading must not take the others from the batches that run meanwhile.
         self._worker = ThreadPoolExecutor(1, "adapters", initializer=torch.set_num_threads, initargs=(1,))
-        self._downloader = ThreadPoolExecutor(
-            1, "adapters of the hub"
-        )  # a slow hub holds up only who wants something of it
+        self._downloads = asyncio.Lock()
+        self._fetching: dict[str, asyncio.Task[None]] = {}
 
     # --- what there is ---
 
@@ -163,8 +166,24 @@ class AdapterRegistry:
         """Bring an adapter of the hub here. Raises AdapterError, AdapterNotHere where that is not allowed."""
         if self._fetch is None:
             raise AdapterNotHere(f"this server has no adapter {name!r}, and takes none from the hub")
-        loop = asyncio.get_running_loop()
-        folder = await loop.run_in_executor(self._downloader, self._fetch, name, self._max_adapter_bytes)
+        if name not in self._fetching:
+            if len(self._fetching) >= MAX_FETCHING:
+                raise AdapterNotHere(
+                    f"this server fetches {MAX_FETCHING} adapters already; ask again later for {name!r}"
+                )
+            task = self._fetching[name] = asyncio.create_task(self._download(name, self._fetch))
+            task.add_done_callback(lambda _: self._fetching.pop(name))
+        await asyncio.shield(self._fetching[name])  # others may wait for it when this client has gone
+
+    async def _download(self, name: str, fetch: Callable[[str, int], Path]) -> None:
+        """One at a time. A slow hub holds up only who wants something of it, and no server that stops: a thread of a
+        pool would."""
+        async with self._downloads:
+            done = Future[Path]()
+            done.set_running_or_notify_cancel()
+            action = partial(fetch, name, self._max_adapter_bytes)
+            threading.Thread(target=_settle, args=(done, action), name="adapter of the hub", daemon=True).start()
+            folder = await asyncio.wrap_future(done)
         await self.register(name, folder)
 
     async def register(self, name: str, folder: Path, *, shelf: Path | None = None, try_first: bool = False) -> None:
@@ -216,8 +235,7 @@ class AdapterRegistry:
         self._on_change()
 
     def close(self) -> None:
-        for executor in (self._worker, self._downloader):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     # --- who uses it ---
 
@@ -401,6 +419,13 @@ def _stamp_of(folder: Path) -> Stamp:
         )
     except OSError as error:
         raise AdapterError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _settle(done: Future[Result], action: Callable[[], Result]) -> None:
+    try:
+        done.set_result(action())
+    except BaseException as error:
+        done.set_exception(error)
 
 
 class _FilesChanged(AdapterError):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -21,7 +25,7 @@ from swarm.server.adapters import sources as sources_module
 from swarm.server.adapters.applied import Adapter
 from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix, LinearForm
 from swarm.server.adapters.importing import Manifest
-from swarm.server.adapters.registry import AdapterRegistry, Lease
+from swarm.server.adapters.registry import MAX_FETCHING, AdapterRegistry, Lease
 from swarm.server.adapters.sources import Source, keep_looking, look_through, register_all
 from swarm.server.kv_cache import KVCache
 
@@ -705,3 +709,59 @@ async def test_a_slow_hub_holds_up_nobody_else(files: FakeFiles, tmp_path: Path)
     first, second = await asyncio.gather(*slow)
     assert first.rows[0] is second.rows[0]
     fake.registry.close()
+
+
+async def test_downloads_come_one_at_a_time_also_when_nobody_waits_any_more(files: FakeFiles, tmp_path: Path) -> None:
+    entered, gate = threading.Semaphore(0), threading.Event()
+    running: list[str] = []
+    most: list[int] = []
+
+    def fetch(name: str, max_bytes: int) -> Path:
+        running.append(name)
+        most.append(len(running))
+        entered.release()
+        assert gate.wait(LIMIT)
+        running.remove(name)
+        return write(tmp_path / name)
+
+    fake = Fixture(files, fetch)
+    impatient = asyncio.create_task(fake.lease(AdapterRef("org/a", digest_of("a"))))
+    await asyncio.to_thread(entered.acquire, timeout=LIMIT)
+    impatient.cancel()
+    await asyncio.wait([impatient])
+    many = [asyncio.create_task(fake.lease(AdapterRef(f"org/{n}", digest_of(str(n))))) for n in range(1, MAX_FETCHING)]
+    await asyncio.sleep(0)
+    with pytest.raises(AdapterNotHere, match="fetches 16 adapters already"):
+        await fake.lease(AdapterRef("org/more", digest_of("more")))
+    for task in many[3:]:
+        task.cancel()
+    gate.set()
+    for lease in await asyncio.gather(*many[:3]):
+        assert lease.rows[0] is not None
+    assert max(most) == 1
+    fake.registry.close()
+
+
+def test_a_server_ends_while_it_downloads() -> None:
+    """However slow the hub is."""
+    program = """
+        import asyncio, threading
+        from no_adapters import empty_registry
+
+        async def main():
+            registry, started = empty_registry(), threading.Event()
+            registry._fetch = lambda *_: (started.set(), threading.Event().wait())
+            fetching = asyncio.create_task(registry.fetch("org/a"))
+            await asyncio.to_thread(started.wait)
+            fetching.cancel()
+            registry.close()
+
+        asyncio.run(main())
+    """
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "fakes"), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        check=True,
+        timeout=LIMIT,
+        env={**os.environ, "PYTHONPATH": path},
+    )
