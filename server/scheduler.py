@@ -50,9 +50,9 @@ def next_batch(
     prompts_first: which prompts go into the batch, in this order, decided elsewhere (see `adapters.scheduling.choose`).
 
     Decode rows go first: half of their room is the oldest ones', lest rows with deadlines starve the others, the rest
-    goes by deadline. Then, unless somebody else decided, half of the bulk budget is the oldest prompt's, which so is done in time whatever comes after it, and the rest goes to the
-    shortest first, so that a line of a chat does not wait for a book: that gives the shortest mean time to the first
-    token. If anything waits, something is taken.
+    goes by deadline. Then, unless somebody else decided, half of the bulk budget is the oldest prompt's, which so is
+    done in time whatever comes after it, and the rest goes to the shortest first, so that a line of a chat does not
+    wait for a book: that gives the shortest mean time to the first token. If anything waits, something is taken.
     """
     if max_tokens == 1:  # not to be shared: the oldest goes, of whatever kind
         return [int(index == 0) for index in range(len(waiting))]

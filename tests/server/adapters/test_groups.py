@@ -47,7 +47,7 @@ def bottleneck(seed: int, activation: str = "relu") -> Bottleneck:
 def sparse(seed: int) -> Sparse:
     entries = 1 + seed % 9
     indices = torch.randperm(IN * OUT, generator=torch.Generator().manual_seed(seed))[:entries].sort().values
-    return Sparse(indices.to(torch.int32), draw(seed, entries), OUT, IN)
+    return Sparse.of(indices.to(torch.int32), draw(seed, entries), OUT, IN)
 
 
 def of_low_rank(form: LowRank, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_a_sparse_difference_without_entries(others: list[int], count: int) -> N
     """A mask that keeps every weight."""
     pool = Pool("sparse")
     nothing = torch.empty(0)
-    pool.forms[0] = Sparse(nothing.to(torch.int32), nothing, OUT, IN)
+    pool.forms[0] = Sparse.of(nothing.to(torch.int32), nothing, OUT, IN)
     pool.run([(0, count), *((seed, 2) for seed in others), (None, 1)])
     tokens = TokenMap([(0, count)], CPU, MOST_PADDED)
     input = draw(0, count, IN).requires_grad_()
