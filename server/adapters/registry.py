@@ -21,7 +21,7 @@ import torch
 from pydantic import ByteSize
 
 from swarm.data_structures import MAX_ANNOUNCED_ADAPTERS, AdapterInfo
-from swarm.errors import AdapterError, AdapterNotHere, CacheFull
+from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError
 from swarm.protocol import AdapterRef, RowAdapters
 
 from ..kv_cache import KVCache
@@ -303,6 +303,13 @@ class AdapterRegistry:
                 self.complain(other, error)
                 self.unregister(other)
             raise AdapterError(f"adapter {name!r} cannot be used: {error}") from error
+        except (
+            RuntimeError,
+            MemoryError,
+            OSError,
+        ) as error:  # the device's or this machine's trouble, out of memory mostly
+            logger.warning("adapter %s could not be loaded", name, exc_info=error)
+            raise EngineError(f"adapter {name!r} could not be loaded: {type(error).__name__}: {error}") from error
         finally:
             entry.loading = None
             if not entry.names and not entry.users:  # nobody waited for it

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from swarm.data_structures import MAX_ANNOUNCED_ADAPTERS, AdapterRef
-from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError, UsageError
+from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError, SwarmError, UsageError
 from swarm.protocol import RowAdapters, row_adapters
 from swarm.server.adapters import registry as registry_module
+from swarm.server.adapters import sources as sources_module
 from swarm.server.adapters.applied import Adapter
 from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix, LinearForm
 from swarm.server.adapters.importing import Manifest
 from swarm.server.adapters.registry import AdapterRegistry, Lease
-from swarm.server.adapters.sources import Source, look_through, register_all
+from swarm.server.adapters.sources import Source, keep_looking, look_through, register_all
 from swarm.server.kv_cache import KVCache
 
 LIMIT = 30.0  # seconds for what takes milliseconds on an idle machine
@@ -452,6 +453,49 @@ async def test_an_engine_that_ends_while_an_adapter_is_put_in(fake: Fixture, tmp
     fake.engine.error = None
     with await fake.lease("a"):
         assert fake.registry.loaded_bytes == 100
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError("no memory"), OSError("no disk")])
+@pytest.mark.parametrize("where", ["import", "blocks"])
+async def test_trouble_that_is_not_the_adapters_fault(
+    fake: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    """Who asked is told, nobody else is harmed, and the adapter stays on offer."""
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    await register(fake, tmp_path, "a", "b")
+    with await fake.lease("b"):
+        with monkeypatch.context() as patch:
+            if where == "import":
+                patch.setattr(registry_module, "import_adapter", fail)
+            else:
+                patch.setattr(fake.blocks, "add", fail)
+            with pytest.raises(SwarmError, match=r"no memory|files changed|no disk"):
+                await fake.lease("a")
+        assert fake.registry.loaded_bytes == 100
+    if where == "blocks" or not isinstance(error, OSError):
+        assert sorted(fake.announced) == ["a", "b"]
+        (await fake.lease("a")).release()
+
+
+async def test_looking_goes_on_whatever_happens(fake: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    errors: list[Exception] = [OSError("gone"), MemoryError(), RuntimeError("odd")]
+    looked = asyncio.Event()
+
+    async def look(*_: Any) -> None:
+        if errors:
+            raise errors.pop()
+        looked.set()
+
+    monkeypatch.setattr(sources_module, "look_through", look)
+    looking = asyncio.create_task(keep_looking(fake.registry, [Source(None, shelf)], 0.0))
+    async with asyncio.timeout(LIMIT):
+        await looked.wait()
+    looking.cancel()
 
 
 # --- prefixes ------------------------------------------------------------------------------------------------------
