@@ -287,13 +287,16 @@ class Engine:
     def _schedule(self, tasks: list[StepTask]) -> list[Piece]:
         candidates: list[tuple[StepTask, int, int]] = []
         waiting: list[Waiting] = []
+        now = time.monotonic()
         for task in tasks:
             first = 0
+            # One that has passed counts no more: it would make others late.
+            deadline = math.inf if task.deadline is None or task.deadline <= now else task.deadline
             for index, row in enumerate(task.rows):
                 if task.progress[index] < row.num_tokens:
                     candidates.append((task, index, first + task.progress[index]))
                     left = row.num_tokens - task.progress[index]
-                    waiting.append(Waiting(left, task.kind(row), math.inf if task.deadline is None else task.deadline))
+                    waiting.append(Waiting(left, task.kind(row), deadline))
                 first += row.num_tokens
         pieces = []
         for (task, index, first), num_tokens in zip(candidates, self._share_batch(candidates, waiting), strict=True):

@@ -2,7 +2,8 @@
 
 What every kind of work can rely on, whatever else waits (tests/server/test_scheduler.py holds us to it):
 
-- decode rows: the oldest `max_tokens - max_tokens // BULK_SHARE` of them go into every batch;
+- decode rows: the oldest `max_tokens - max_tokens // BULK_SHARE` of them go into every batch, and where some have
+  deadlines at least half as many of the oldest;
 - prompts: the oldest gets at least half of their budget in every batch; where adapters or deadlines decide the order,
   one that was passed over for long enough goes next.
 
@@ -48,10 +49,10 @@ def next_batch(
     end of a prompt may exceed it by one part in TAIL_SHARE.
     prompts_first: which prompts go into the batch, in this order, decided elsewhere (see `adapters.scheduling.choose`).
 
-    Decode rows go first, those with the earliest deadline before others. Then, unless somebody else decided, half of
-    the bulk budget is the oldest prompt's, which so is done in time whatever comes after it, and the rest goes to the
-    shortest first, so that a line of a chat does not wait for a book: that gives the shortest mean time to the first
-    token. If anything waits, something is taken.
+    Decode rows go first: half of their room is the oldest ones', lest rows with deadlines starve the others, the rest
+    goes by deadline. Then, unless somebody else decided, half of the bulk budget is the oldest prompt's, which so is
+    done in time whatever comes after it, and the rest goes to the shortest first, so that a line of a chat does not
+    wait for a book: that gives the shortest mean time to the first token. If anything waits, something is taken.
     """
     if max_tokens == 1:  # not to be shared: the oldest goes, of whatever kind
         return [int(index == 0) for index in range(len(waiting))]
@@ -60,7 +61,9 @@ def next_batch(
     in_bulk = sum(waiting[index].num_tokens for index in prompts)
     reserve = min(max(1, max_tokens // BULK_SHARE), bulk_tokens, in_bulk)
     room = max_tokens
-    for index in sorted(decoding, key=lambda index: waiting[index].deadline):
+    in_any_case = -(-(room - reserve) // 2)
+    others = sorted(decoding[in_any_case:], key=lambda index: waiting[index].deadline)
+    for index in (*decoding[:in_any_case], *others):
         taken[index] = min(waiting[index].num_tokens, room - reserve)
         room -= taken[index]
 

@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 
 NUM_SHARDS = 16
 
-#: Largest content of one record, without its signature. A full `ServerInfo` takes about 5 KiB, a usual one 200 bytes.
-MAX_RECORD_BYTES = 16 * 2**10
+#: Largest content of one record, without its signature. A full `ServerInfo`, with as many adapters and round trips as
+#: it may have, takes about 18 KiB, a usual one 200 bytes.
+MAX_RECORD_BYTES = 20 * 2**10
 _MAX_SIGNED_BYTES = MAX_RECORD_BYTES + 1024
 
 #: Seconds that a record may have left to live: three of the longest announce periods. A record with a later expiration

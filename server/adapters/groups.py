@@ -46,6 +46,7 @@ class Group(Generic[Form]):
     def __init__(self) -> None:
         self._slots: dict[Hashable, int] = {}  # least recently used first
         self.num_slots = 0
+        self._lent = False  # a backward pass that is to come reads the pool as it is
 
     @property
     def nbytes(self) -> int:
@@ -59,11 +60,14 @@ class Group(Generic[Form]):
             if adapter in self._slots:
                 self._slots[adapter] = self._slots.pop(adapter)
         newcomers = [adapter for adapter in forms if adapter not in self._slots]
+        if newcomers and self._lent:
+            self._copy_pool()
+            self._lent = False
         for adapter in newcomers:
-            self._slots[adapter] = self._free_slot(forms)
-            self._put(self._slots[adapter], forms[adapter])
-        if newcomers:
             self._changed()
+            slot = self._free_slot(forms)
+            self._put(slot, forms[adapter])
+            self._slots[adapter] = slot  # now that it is there: memory may run out on the way
         return tuple(sorted(((adapter, self._slots[adapter]) for adapter in forms), key=itemgetter(1)))
 
     def forget(self, adapter: Hashable) -> bool:
@@ -79,8 +83,9 @@ class Group(Generic[Form]):
         idle = [adapter for adapter in self._slots if adapter not in needed]
         if 2 * len(idle) > len(self._slots):  # else a pool that is a little larger saves copying them back and forth
             return self._slots.pop(idle[0])
-        first, self.num_slots = max(self.num_slots, self.first_slot), max(self.first_slot + 1, 2 * self.num_slots)
-        self._grow(self.num_slots)
+        first, num_slots = max(self.num_slots, self.first_slot), max(self.first_slot + 1, 2 * self.num_slots)
+        self._grow(num_slots)
+        self.num_slots = num_slots
         return first
 
     def _grow(self, num_slots: int) -> None:
@@ -89,8 +94,15 @@ class Group(Generic[Form]):
     def _put(self, slot: int, form: Form) -> None:
         raise NotImplementedError
 
+    def _copy_pool(self) -> None:
+        """What was lent keeps the old one."""
+
+    def _lend(self) -> None:
+        """The pool is about to be read, and where gradients are wanted, read once more by the backward pass."""
+        self._lent = self._lent or torch.is_grad_enabled()
+
     def _changed(self) -> None:
-        """Members came in."""
+        """A member comes in."""
 
 
 def _grown(pool: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -147,6 +159,12 @@ class TwoProducts(Products[LowRank | Bottleneck]):
             first, second = self._biases
             self._biases = _grown(first, num_slots), _grown(second, num_slots)
 
+    def _copy_pool(self) -> None:
+        self.down, self.up = self.down.clone(), self.up.clone()
+        if self._biases is not None:
+            first, second = self._biases
+            self._biases = first.clone(), second.clone()
+
     def _put(self, slot: int, form: LowRank | Bottleneck) -> None:
         rank = len(form.down)
         for pool in (self.down, self.up, *(self._biases or ())):
@@ -167,6 +185,7 @@ class TwoProducts(Products[LowRank | Bottleneck]):
         return Work(2.0 * numbers, self.down.element_size() * (numbers + moved))
 
     def products(self, input: torch.Tensor, tokens: TokenMap, members: Members) -> Iterator[Product]:
+        self._lend()
         arranged = tokens.arrange(members, self.num_slots)
         if (padded := arranged.padded) is not None:
             inner = torch.bmm(padded.put(input), padded.of(self.down).transpose(1, 2))
@@ -204,11 +223,15 @@ class Vectors(Group[torch.Tensor]):
     def _grow(self, num_slots: int) -> None:
         self._pool = _grown(self._pool, num_slots)
 
+    def _copy_pool(self) -> None:
+        self._pool = self._pool.clone()
+
     def _put(self, slot: int, form: torch.Tensor) -> None:
         self._pool[slot] = form
 
     def of_tokens(self, tokens: TokenMap, members: Members) -> torch.Tensor:
         """[tokens, features], or [features] where all have the same."""
+        self._lend()
         slots = tokens.slot_of_tokens(members)
         return self._pool[slots] if isinstance(slots, int) else self._pool.index_select(0, slots)
 
@@ -275,14 +298,18 @@ class _SparseMatrix:
 
     @torch.inference_mode(False)
     def __init__(self, blocks: Sequence[Sparse | None], out_features: int, in_features: int):
-        rows, columns, values = [], [], []
+        device = next(block.starts.device for block in blocks if block is not None)
+        starts, columns, values, entries = [torch.zeros(1, dtype=torch.int32, device=device)], [], [], 0
         for number, block in enumerate(blocks):
-            if block is not None:
-                rows.append(block.indices // in_features + number * out_features)
-                columns.append(block.indices % in_features + number * in_features)
+            if block is None:
+                starts.append(starts[0].new_full((out_features,), entries))
+            else:
+                starts.append(block.starts[1:] + entries)
+                columns.append(block.columns + number * in_features if number else block.columns)
                 values.append(block.values)
+                entries += len(block.values)
         shape = len(blocks) * out_features, len(blocks) * in_features
-        self._matrix = _compressed(torch.cat(rows), torch.cat(columns), torch.cat(values), shape)
+        self._matrix = _compressed(torch.cat(starts), torch.cat(columns), torch.cat(values), shape)
         self._transposed: torch.Tensor | None = None
 
     @property
@@ -305,14 +332,11 @@ class _SparseMatrix:
 
 
 def _compressed(
-    rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
+    starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """rows: ascending."""
-    counts = torch.bincount(rows, minlength=shape[0])
-    starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(enable=False):
         warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)")
-        return torch.sparse_csr_tensor(starts, columns.to(torch.int32), values, shape, check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 def _parts_of(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -325,7 +349,9 @@ def _transpose(matrix: torch.Tensor) -> torch.Tensor:
     num_rows, num_columns = matrix.shape
     rows = torch.arange(num_rows, device=columns.device).repeat_interleave(starts.diff())
     order = torch.argsort(columns.long() * num_rows + rows)
-    return _compressed(columns[order], rows[order], values[order], (num_columns, num_rows))
+    counts = torch.bincount(columns, minlength=num_columns)
+    starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    return _compressed(starts, rows[order].to(torch.int32), values[order], (num_columns, num_rows))
 
 
 class _SparseProduct(torch.autograd.Function):

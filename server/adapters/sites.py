@@ -84,6 +84,7 @@ class Site(Generic[SiteForm]):
         if tokens is None:
             return self._plain(*arguments, **options)
         if tokens.present is not self._planned_for:  # the same object as long as nobody joins or leaves
+            self._planned_for = None  # a plan that fails half made has taken slots from those of the old one
             here = [adapter for adapter in tokens.present if adapter in self._forms]
             with torch.inference_mode(False):
                 self._plan = self._make_plan({adapter: self._forms[adapter] for adapter in here}) if here else None

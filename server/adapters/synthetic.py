@@ -84,7 +84,7 @@ def _made_linear(
     entries = max(1, int(_DENSITIES[size] * in_features * out_features))
     places = torch.randint(in_features * out_features, (entries,), generator=chance).unique()
     values = torch.randn(len(places), generator=chance).to(span.device)
-    return LinearForm(sparse=Sparse(places.int().to(span.device), values, out_features, in_features))
+    return LinearForm(sparse=Sparse.of(places.int().to(span.device), values, out_features, in_features))
 
 
 def random_values(span: Span, chance: torch.Generator, *shape: int) -> torch.Tensor:

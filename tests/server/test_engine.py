@@ -396,3 +396,18 @@ def test_a_free_device_does_not_wait_for_a_session_that_ended(fake: Fixture) -> 
     settling.finished([gone.rows[0].cache], time.monotonic())
     fake.cache.release([gone.rows[0].cache])
     assert result(fake.submit()).shape == (1, HIDDEN_SIZE)
+
+
+def test_a_deadline_that_has_passed_counts_no_more() -> None:
+    fake = Fixture(max_batch_tokens=2)
+    try:
+        fake.occupy()
+        tasks = [fake.task(value=float(number)) for number in range(3)]
+        tasks[1].deadline, tasks[2].deadline = time.monotonic() - 1.0, time.monotonic() + 1e6
+        futures = [fake.engine.submit(task) for task in tasks]
+        fake.span.gate.release(2)
+        wait_for([futures[0], futures[2]], LIMIT)
+        assert not futures[1].done()
+    finally:
+        fake.span.open()
+        fake.engine.stop(LIMIT)

@@ -153,6 +153,19 @@ def test_a_decode_row_is_served_beside_endless_prompts(
     assert rounds_until_served(decode(1)[0], others, max_tokens, bulk_tokens, limit) <= limit
 
 
+@given(st.integers(1, 60), st.integers(2, 30), st.lists(st.integers(1, 300).map(prompt), max_size=3))
+def test_a_row_without_a_deadline_is_served_beside_endless_rows_that_have_one(
+    num_rows: int, max_tokens: int, prompts: list[Waiting]
+) -> None:
+    hurried = [Waiting(1, Kind.DECODE, deadline=float(number)) for number in range(num_rows)]
+    assert rounds_until_served(Waiting(1, Kind.DECODE), [*prompts, *hurried], max_tokens, max_tokens, limit=200) <= 200
+
+
+def test_half_of_the_room_of_rows_that_decode_goes_by_their_deadlines() -> None:
+    waiting = [*decode(6), Waiting(1, Kind.DECODE, deadline=2.0), Waiting(1, Kind.DECODE, deadline=1.0)]
+    assert next_batch(waiting, 3, 3) == [1, 1, 0, 0, 0, 0, 0, 1]
+
+
 @given(st.integers(0, 10), st.integers(0, 5))
 def test_one_token_at_a_time_starves_nobody(num_decode: int, num_prompts: int) -> None:
     others = [prompt(3)] * num_prompts + decode(num_decode)

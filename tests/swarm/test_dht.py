@@ -22,7 +22,16 @@ from hivemind.p2p import P2P
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
-from swarm.data_structures import PROTOCOL_VERSION, BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.data_structures import (
+    MAX_ANNOUNCED_ADAPTERS,
+    MAX_NEXT_PINGS,
+    PROTOCOL_VERSION,
+    AdapterInfo,
+    BlockSpan,
+    ModelInfo,
+    ServerInfo,
+    ServerState,
+)
 from swarm.dht import Directory, ServerRecord
 from swarm.errors import NetworkError
 from swarm.node import Node, NodeConfig
@@ -284,6 +293,32 @@ async def test_bad_content_is_skipped_counted_and_named_once(
     assert says in line and f"peer {swarm.stranger.peer_id}" in line
     assert line.isprintable() and len(line) < 500
     assert caplog.records[-1].levelno == logging.WARNING
+
+
+async def test_the_largest_record_of_a_server_is_announced_and_read(swarm: Swarm) -> None:
+    full = ServerInfo(
+        state=ServerState.ONLINE,
+        span=BlockSpan(start=4000, end=4096),
+        throughput=1e8 / 3,
+        numerics="n" * 100,
+        decode_times=(0.1 / 3, 0.2 / 3, 0.4 / 3),
+        forward_rate=1e5 / 3,
+        network_rate=1e9 / 3,
+        running_rows=2**31,
+        waiting_rows=2**31,
+        busy_rows=1e3 / 3,
+        session_rows=2**31,
+        cache_tokens_left=2**40,
+        public_name="\U0001f980" * 64,
+        software="s" * 32,
+        next_pings={f"12D3KooW{number:044}": (number + 1) / 3 for number in range(MAX_NEXT_PINGS)},
+        relayed=True,
+        adapters=tuple(AdapterInfo(f"{n:064}", "k" * 16, f"{n:016x}") for n in range(MAX_ANNOUNCED_ADAPTERS)),
+        fetches_adapters=True,
+    )
+    await Directory(swarm.good).announce(MODEL, full, 60.0)
+    [record] = await swarm.directory.servers(MODEL.fingerprint)
+    assert record.info == full
 
 
 async def test_unsigned_record_that_names_another_peer_is_skipped(

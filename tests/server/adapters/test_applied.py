@@ -12,8 +12,9 @@ import torch
 from dense_adapters import apply_forms
 from made_forms import Maker
 
-from swarm.server.adapters.applied import Adapter
-from swarm.server.adapters.forms import AdapterForms, BlockForms, Bottleneck, LinearForm
+from swarm.server.adapters import groups
+from swarm.server.adapters.applied import Adapter, AppliedAdapters
+from swarm.server.adapters.forms import AdapterForms, BlockForms, Bottleneck, LinearForm, LowRank
 from swarm.server.batch import WholeRows
 
 Replay = Span = KVCache = Any  # see conftest.py
@@ -201,6 +202,27 @@ def _plain_pass(model: Any, row: torch.Tensor, weights: torch.Tensor, form: Any)
 
 def _assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_batch_for_which_memory_runs_out_costs_the_next_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapters may have taken the slots of those that come again."""
+    block = torch.nn.ModuleDict({"x": torch.nn.Linear(4, 4)}).requires_grad_(False)
+    applied = AppliedAdapters([block], CPU)
+    forms = [LinearForm(low_rank=LowRank(torch.full((1, 4), number), torch.ones(4, 1))) for number in (1.0, 2.0, 3.0)]
+    adapters = [applied.add(AdapterForms([BlockForms({"x": form})])) for form in forms]
+
+    def run(*names: int) -> torch.Tensor:
+        with torch.inference_mode(), applied.applied([(adapters[name], 1) for name in names]):
+            output: torch.Tensor = block["x"](torch.ones(len(names), 4))
+        return output
+
+    alone = run(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "_grown", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(1, 2)
+    assert torch.equal(run(0), alone)
+    assert not torch.allclose(run(1, 2)[0], alone[0])
 
 
 @pytest.mark.parametrize("first", ["linear", "bottleneck"])

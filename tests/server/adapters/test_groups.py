@@ -47,7 +47,7 @@ def bottleneck(seed: int, activation: str = "relu") -> Bottleneck:
 def sparse(seed: int) -> Sparse:
     entries = 1 + seed % 9
     indices = torch.randperm(IN * OUT, generator=torch.Generator().manual_seed(seed))[:entries].sort().values
-    return Sparse(indices.to(torch.int32), draw(seed, entries), OUT, IN)
+    return Sparse.of(indices.to(torch.int32), draw(seed, entries), OUT, IN)
 
 
 def of_low_rank(form: LowRank, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_a_sparse_difference_without_entries(others: list[int], count: int) -> N
     """A mask that keeps every weight."""
     pool = Pool("sparse")
     nothing = torch.empty(0)
-    pool.forms[0] = Sparse(nothing.to(torch.int32), nothing, OUT, IN)
+    pool.forms[0] = Sparse.of(nothing.to(torch.int32), nothing, OUT, IN)
     pool.run([(0, count), *((seed, 2) for seed in others), (None, 1)])
     tokens = TokenMap([(0, count)], CPU, MOST_PADDED)
     input = draw(0, count, IN).requires_grad_()
@@ -202,6 +202,49 @@ def test_a_member_that_is_always_there_is_copied_once(monkeypatch: pytest.Monkey
     for seed in range(1, 12):
         pool.run([(0, 1), (seed, 1)])
     assert sum(form is pool.forms[0] for form in copied) == 1
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vectors"])
+def test_members_that_come_before_a_backward_pass_do_not_change_it(kind: str) -> None:
+    """Passes for training run in pieces, with batches of sessions between them."""
+    group: Any = Vectors(torch.ones(IN)) if kind == "vectors" else Pool(kind).group
+    forms = [draw(seed, IN) if kind == "vectors" else Pool(kind).forms[seed] for seed in range(4)]
+    # Vectors that all tokens share are read where they lie, others are copied.
+    runs: list[Run] = [(0, 11)] if kind == "vectors" else [(0, 2), (1, 9)]
+    tokens = TokenMap(runs, CPU, MOST_PADDED)
+
+    def run(input: torch.Tensor) -> torch.Tensor:
+        members = group.members({seed: forms[seed] for seed, _ in runs})
+        if kind == "vectors":
+            return input * group.of_tokens(tokens, members)
+        return group.add_to(torch.zeros(11, KINDS[kind][3]), input, tokens, members)
+
+    inputs = draw(50, 11, IN), draw(50, 11, IN)
+    first, second = (run(input.requires_grad_()) for input in inputs)
+    (wanted,) = torch.autograd.grad(first.sum(), inputs[0])
+    with torch.inference_mode():
+        group.members({2: forms[2]})
+        group.members({2: forms[2], 3: forms[3]})
+        group.members({1: forms[1]})
+    (found,) = torch.autograd.grad(second.sum(), inputs[1])
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", ["_grow", "_put"])
+def test_a_pool_whose_memory_ran_out_is_as_good_as_before(
+    kind: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    pool = Pool(kind)
+    pool.run([(0, 2)])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pool.group), step, run_out)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pool.run([(0, 2), (1, 3)])
+    pool.run([(0, 2), (1, 3)])  # compares
 
 
 def test_who_was_used_least_recently_makes_room() -> None:
