@@ -51,6 +51,11 @@ SERVING = ((1, 128), (1, 64), (2, 64), (2, 32), (4, 32), (4, 16))
 STEPS = 8
 
 
+class DType(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class Base(StrEnum):
     NONE = "none"
     INT8 = "int8"
@@ -66,6 +71,8 @@ def pets(
     new_tokens: Annotated[int, typer.Option(min=0, help="Generated after each query. 0: as in the paper.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of a batch; the server's default.")] = 1024,
     base: Annotated[Base, typer.Option(help="How the base's weights are held.")] = Base.NONE,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[DType, typer.Option(help="Of activations and unquantised weights.")] = DType.FLOAT32,
     runs: Runs = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few tasks and queries, to see that it works.")] = False,
@@ -86,6 +93,8 @@ def pets(
         new_tokens=new_tokens,
         max_tokens=max_tokens,
         base=base.value,
+        device=device,
+        dtype=dtype.value,
         runs=runs,
         threads=threads,
         serving=SERVING[-1:] if quick else SERVING,
@@ -104,6 +113,8 @@ def measure(
     new_tokens: int,
     max_tokens: int,
     base: str,
+    device: str,
+    dtype: str,
     runs: int,
     threads: int,
     serving: Sequence[tuple[int, int]],
@@ -123,6 +134,7 @@ def measure(
     from swarm.data_structures import BlockSpan
     from swarm.server.adapters.costs import profile
     from swarm.server.loader import load_span, loaded_bytes
+    from swarm.tensors import DTYPES
 
     from .made_adapters import KINDS, made_adapter
     from .pets_rig import Rig, made_queries
@@ -139,6 +151,8 @@ def measure(
             "new_tokens": new_tokens,
             "max_tokens": max_tokens,
             "base": base,
+            "device": device,
+            "dtype": dtype,
             "threads": threads,
             "runs": runs,
         },
@@ -150,9 +164,9 @@ def measure(
         return load_span(
             checkpoint,
             blocks,
-            dtype=torch.float32,
+            dtype=DTYPES[dtype],
             quantization=quantization,  # type: ignore[arg-type]
-            device=torch.device("cpu"),
+            device=torch.device(device),
         )
 
     int8_bytes = loaded_bytes(load("int8"))
@@ -183,16 +197,15 @@ def measure(
         measure_serving(report, rig, adapters[:num_tasks], serving, max_tokens, runs)
     for num_tasks, sigma in itertools.product(tasks, sigmas):
         timings: dict[str, list[Timing]] = {}
+        choices: list[float] = []
         for number in range(1, runs + 1):
             waiting = made_queries(num_queries, adapters[:num_tasks], sigma, seed=number)
-            where = f"{num_tasks} tasks, sigma {sigma:g}: run {number} of {runs}"
-
-            def tell(system: str, where: str = where) -> None:
-                progress(f"{where}: {system}")
-
-            for system, timing in _systems(rig, waiting, max_tokens, new_tokens, tell).items():
+            progress(f"{num_tasks} tasks, sigma {sigma:g}: run {number} of {runs}")
+            found, slowest = _systems(rig, waiting, max_tokens, new_tokens)
+            choices.append(slowest)
+            for system, timing in found.items():
                 timings.setdefault(system, []).append(timing)
-        add_workload(report, f"{num_tasks} tasks, sigma {sigma:g}", num_queries, timings)
+        add_workload(report, f"{num_tasks} tasks, sigma {sigma:g}", num_queries, timings, choices)
     kinds = {kind: made[number :: len(KINDS)] for number, kind in enumerate(KINDS)}
     add_memory(report, kinds, base_bytes, int8_bytes, pool_bytes)
     if plot is not None:
@@ -200,19 +213,11 @@ def measure(
     return report
 
 
-def _systems(
-    rig: Rig, queries: Sequence[Query], max_tokens: int, new_tokens: int, progress: Callable[[str], None]
-) -> dict[str, Timing]:
+def _systems(rig: Rig, queries: Sequence[Query], max_tokens: int, new_tokens: int) -> tuple[dict[str, Timing], float]:
+    """Also the longest choice of a batch, in seconds."""
     from swarm.server.adapters.plans import STRATEGIES
 
-    found = {}
-    for name, strategy in STRATEGIES.items():
-        progress(name)
-        plan = strategy(queries, rig.costs, max_tokens)
-        if name == "by adapter":
-            found[SEQS] = rig.run(plan, queries, new_tokens=new_tokens, plain=True)
-            name = TASK_BY_TASK
-        found[name] = rig.run(plan, queries, new_tokens=new_tokens)
-    progress(ONLINE)
-    found[ONLINE] = rig.run_by_choice(queries, max_tokens, new_tokens=new_tokens)
-    return found
+    plans = {name: strategy(queries, rig.costs, max_tokens) for name, strategy in STRATEGIES.items()}
+    plans[SEQS] = plans[TASK_BY_TASK] = plans.pop("by adapter")
+    plans[ONLINE], slowest = rig.plan_by_choice(queries, max_tokens)
+    return rig.run_in_turn(plans, queries, new_tokens=new_tokens, without=[SEQS]), slowest

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from swarm.server import server as server_module
+from swarm.server.adapters.cost_model import AdapterCosts
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine
 from swarm.server.handler import Handler
@@ -136,9 +137,9 @@ class BenchServer(Server):
         self._drop_rate = drop_rate
         self._seed = seed
 
-    def _load(self, *arguments: Any) -> tuple[Span, Speed]:
-        span, speed = super()._load(*arguments)
-        return SlowSpan(span, self._slowness), self._slowness.applied_to(speed, len(span.blocks))
+    def _load(self, *arguments: Any) -> tuple[Span, Speed, AdapterCosts | None]:
+        span, speed, costs = super()._load(*arguments)
+        return SlowSpan(span, self._slowness), self._slowness.applied_to(speed, len(span.blocks)), costs
 
     async def start(self) -> str:
         address = await super().start()

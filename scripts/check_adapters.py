@@ -54,13 +54,27 @@ def check_adapters(model: str, kind: Kind, device: str) -> bool:
     ]
     together = _outputs(span, cache, rows, texts)
     alone = [_outputs(span, cache, [row], [text])[0] for row, text in zip(rows, texts, strict=True)]
+    right = _is_close(
+        kind, f"{len(rows)} rows of {len(forms)} kinds and none beside each other, and alone", together, alone
+    )
+    if span.device.type == "cuda":
+        span.adapters.order, span.adapters.streams = "intensity", True
+        beside = _outputs(span, cache, rows, texts)
+        right = (
+            _is_close(kind, "operations on streams of their own, and one after the other", beside, together) and right
+        )
+    return right
+
+
+def _is_close(kind: Kind, what: str, ours: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Prints a line."""
     distance = max(
-        ((one - other).abs().max() / other.abs().max()).item() for one, other in zip(together, alone, strict=True)
+        ((one - other).abs().max() / other.abs().max()).item() for one, other in zip(ours, others, strict=True)
     )
     right = distance <= LIMITS[kind.name]
     print(
-        f"{kind.name}, adapters: {len(rows)} rows of {len(forms)} kinds and none are {distance:.1e} off beside each "
-        f"other, at most {LIMITS[kind.name]:.1e} wanted: {'ok' if right else 'WRONG'}",
+        f"{kind.name}, adapters: {what} are {distance:.1e} apart, at most {LIMITS[kind.name]:.1e} wanted: "
+        f"{'ok' if right else 'WRONG'}",
         flush=True,
     )
     return right

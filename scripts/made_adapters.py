@@ -126,7 +126,7 @@ def _sparse(
         shape = layer.out_features, layer.in_features
         places = torch.randint(shape[0] * shape[1], (int(share * shape[0] * shape[1]) + 1,), generator=chance)
         places = places.unique().int().to(span.device)
-        forms[path] = LinearForm(sparse=Sparse(places, values(layer, places), *shape))
+        forms[path] = LinearForm(sparse=Sparse.of(places, values(layer, places), *shape))
     return BlockForms(linear=forms)
 
 

@@ -28,8 +28,10 @@ CONTEXT = 32
 GIGABYTE = 1e9
 
 
-def add_workload(report: Report, workload: str, num_queries: int, timings: dict[str, list[Timing]]) -> None:
-    """Figures of every system on one workload, and how ours compare with the others."""
+def add_workload(
+    report: Report, workload: str, num_queries: int, timings: Mapping[str, Sequence[Timing]], choices: Sequence[float]
+) -> None:
+    """Figures of every system on one workload, and how ours compare with the others. choices: the longest, seconds."""
     for system, runs in timings.items():
         name = f"{workload}, {system}"
         report.add(f"{name}: throughput", "queries/s", [num_queries / timing.total for timing in runs])
@@ -42,8 +44,9 @@ def add_workload(report: Report, workload: str, num_queries: int, timings: dict[
     for ours in (JOINT, ONLINE):
         report.ratios[f"{workload}: {ours} / {SEQS}"] = speed[ours] / speed[SEQS]
         report.ratios[f"{workload}: {ours} / best other on the shared base"] = speed[ours] / best
-    choices = [1000 * timing.slowest_choice for timing in timings[ONLINE]]
-    report.add(f"{workload}, {ONLINE}: longest choice of a batch", "ms", choices)
+    report.add(
+        f"{workload}, {ONLINE}: longest choice of a batch", "ms", [MILLISECONDS * longest for longest in choices]
+    )
 
 
 def measure_serving(
@@ -59,8 +62,8 @@ def measure_serving(
         plans = {SEQS: by_adapter(queries, rig.costs, max_tokens), JOINT: joint(queries, rig.costs, max_tokens)}
         times: dict[str, list[float]] = {SEQS: [], JOINT: []}
         for _ in range(runs):
-            for system, plan in plans.items():
-                times[system].append(rig.run(plan, queries, plain=system == SEQS).total)
+            for system, timing in rig.run_in_turn(plans, queries, without=[SEQS]).items():
+                times[system].append(timing.total)
         for system, found in times.items():
             report.add(f"{name}, {system}: throughput", "queries/s", [len(queries) / seconds for seconds in found])
         report.ratios[f"{name}: {JOINT} / {SEQS}"] = statistics.median(times[SEQS]) / statistics.median(times[JOINT])
@@ -99,19 +102,21 @@ def measure_rows(
 
 
 def measure_order(report: Report, rig: Rig, own: Sequence[Adapter], steps: int, runs: int) -> None:
-    """What the order of the adapters' operations at a module changes."""
-    orders: tuple[Order, ...] = ("form", "intensity")
-    times: dict[str, list[float]] = {order: [] for order in orders}
+    """What the order of the adapters' operations at a module changes, and on a GPU what streams of their own do."""
+    adapters = rig.span.adapters
+    ways: dict[str, tuple[Order, bool]] = {"by form": ("form", False), "by intensity": ("intensity", False)}
+    if rig.span.device.type == "cuda":
+        ways["by intensity, on streams"] = ("intensity", True)
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(runs):
-        for order in orders:
-            rig.span.adapters.order = order
-            times[order].append(rig.decode_step(own, CONTEXT, steps))
-    rig.span.adapters.order = "form"
-    for name, found in times.items():
-        report.add(f"decode, {len(own)} rows, by {name}", "ms", [MILLISECONDS * seconds for seconds in found])
-    report.ratios["decode: by intensity / by form"] = statistics.median(times["form"]) / statistics.median(
-        times["intensity"]
-    )
+        for way, (adapters.order, adapters.streams) in ways.items():
+            times[way].append(rig.decode_step(own, CONTEXT, steps))
+    adapters.order, adapters.streams = "form", False
+    for way, found in times.items():
+        report.add(f"decode, {len(own)} rows, {way}", "ms", [MILLISECONDS * seconds for seconds in found])
+        if way != "by form":
+            ratio = statistics.median(times["by form"]) / statistics.median(found)
+            report.ratios[f"decode: {way} / by form"] = ratio
 
 
 def measure_stalls(
@@ -173,7 +178,7 @@ def draw(report: Report, file: Path) -> None:
         axes.bar(places, [found[workload] for workload in workloads], width, label=system)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(workloads))], workloads, fontsize=8)
     axes.set_ylabel("queries/s")
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(loc="outside upper center", fontsize=8, ncols=4)
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:

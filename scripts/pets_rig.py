@@ -6,9 +6,9 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,12 +42,12 @@ def made_queries(number: int, adapters: Sequence[Adapter], deviation: float, see
 class Timing:
     """Seconds. done: of each query, since the start. batches: (measured, predicted) of each forward pass.
 
-    slowest_choice: of a batch, where they were chosen one by one.
+    elapsed: of its own batches so far.
     """
 
     done: list[float]
     batches: list[tuple[float, float]] = field(default_factory=list)
-    slowest_choice: float = 0.0
+    elapsed: float = 0.0
 
     @property
     def total(self) -> float:
@@ -72,26 +72,8 @@ class Rig:
         self.costs = costs
         self._cache: KVCache | None = None
 
-    def run(self, plan: Plan, queries: Sequence[Query], *, new_tokens: int = 0, plain: bool = False) -> Timing:
-        """Batch after batch: all prompts of one, then `new_tokens` more tokens of each. plain: without adapters."""
-        timing = Timing([0.0] * len(queries))
-        elapsed = 0.0
-        for batch in plan:
-            own = [queries[index] for index in batch]
-            rows = [(query.tokens, None if plain else query.adapter) for query in own]
-            passes = self.passes(rows, new_tokens)  # type: ignore[arg-type]
-            predicted = [
-                self._predicted([(tokens, adapter) for tokens, (_, adapter) in zip(lengths, rows, strict=True)])
-                for lengths in [[query.tokens for query in own], *[[1] * len(own)] * new_tokens]
-            ]
-            timing.batches += zip(passes, predicted, strict=True)
-            elapsed += sum(passes)
-            for index in batch:
-                timing.done[index] = elapsed
-        return timing
-
-    def run_by_choice(self, queries: Sequence[Query], max_tokens: int, *, new_tokens: int = 0) -> Timing:
-        """The same where each batch is chosen among the oldest when the device is free, as the engine does."""
+    def plan_by_choice(self, queries: Sequence[Query], max_tokens: int) -> tuple[Plan, float]:
+        """Each batch chosen among the oldest when the device is free, as the engine does; also the longest choice."""
         from swarm.server.adapters.scheduling import choose
 
         left = list(range(len(queries)))
@@ -105,11 +87,37 @@ class Rig:
             plan.append([window[place] for place in chosen])
             taken = set(plan[-1])
             left = [index for index in left if index not in taken]
-        timing = self.run(plan, queries, new_tokens=new_tokens)
-        timing.slowest_choice = slowest
-        return timing
+        return plan, slowest
 
-    def _predicted(self, rows: Sequence[tuple[int, object]]) -> float:
+    def run_in_turn(
+        self, plans: Mapping[str, Plan], queries: Sequence[Query], *, new_tokens: int = 0, without: Collection[str] = ()
+    ) -> dict[str, Timing]:
+        """Every plan to its end, a batch of each in turn, so a machine that slows down does so for all alike.
+
+        A batch is all its prompts, then `new_tokens` more tokens of each. without: plans that run without adapters.
+        """
+        timings = {name: Timing([0.0] * len(queries)) for name in plans}
+        todo = {name: list(plan) for name, plan in plans.items()}
+        while any(todo.values()):
+            name = min((name for name in todo if todo[name]), key=lambda name: -len(todo[name]) / len(plans[name]))
+            batch = todo[name].pop(0)
+            self._run_batch(timings[name], batch, queries, new_tokens, plain=name in without)
+        return timings
+
+    def _run_batch(
+        self, timing: Timing, batch: Sequence[int], queries: Sequence[Query], new_tokens: int, *, plain: bool
+    ) -> None:
+        own = [queries[index] for index in batch]
+        rows: list[tuple[int, Any]] = [(query.tokens, None if plain else query.adapter) for query in own]
+        passes = self.passes(rows, new_tokens)
+        predicted = [self.predicted(rows), *[self.predicted([(1, adapter) for _, adapter in rows])] * new_tokens]
+        timing.batches += zip(passes, predicted, strict=True)
+        timing.elapsed += sum(passes)
+        for index in batch:
+            timing.done[index] = timing.elapsed
+
+    def predicted(self, rows: Sequence[tuple[int, Adapter | None]]) -> float:
+        """Seconds of a batch with so many new tokens of each row."""
         from swarm.server.adapters.scheduling import Query, batch_time
 
         return batch_time([Query(tokens, adapter) for tokens, adapter in rows], self.costs)

@@ -54,7 +54,7 @@ class SessionCache:
     generating: it went beyond its prompt or replay since it entered. evicted: its rows were released for others.
     prompts: deep prompts, [blocks of the session, prompt tokens, hidden_size], on the cache's device in its dtype.
     reorder_number: of the last reordering of its rows that was done, see `swarm.protocol.Reorder`.
-    lasting: it is no session's, and never evicted.
+    lasting: it is no session, but tokens that many read; see `KVCache.admit`.
     """
 
     def __init__(self, num_rows: int, max_length: int, *, lasting: bool = False):
@@ -100,7 +100,7 @@ class KVCache:
         self._values: list[torch.Tensor | None] = [None] * num_layers
         self._free = [True] * self.num_pages
         self._reserved_pages = 0
-        self._lasting_pages = 0  # of them, those that no eviction gives to anybody else
+        self._lasting_pages = 0  # of these, those that are nobody's who could be evicted
         self._last_stamp = 1
         self._lock = threading.Lock()
 
@@ -115,6 +115,11 @@ class KVCache:
         with self._lock:
             return self._pages_left() * self.page_size
 
+    def pages_lacking(self, num_rows: int, max_length: int) -> int:
+        """Pages that must become free before `admit` takes these rows; 0 if it does now."""
+        with self._lock:
+            return max(0, num_rows * self._pages_for(max_length) - self._pages_left())
+
     def _pages_left(self) -> int:
         return min(self.num_pages - self._lasting_pages, int(self.overcommit * self.num_pages) - self._reserved_pages)
 
@@ -122,13 +127,14 @@ class KVCache:
         """Reserve `max_length` tokens for each row. Raises CacheFull with what is left.
 
         lasting: for no session, but for tokens that many of them read: `sessions` does not list it, so it is never
-        evicted. It leaves enough for the largest session that was admitted.
+        evicted. They find their pages at once or not at all, and leave enough for the largest session.
         """
         wanted = num_rows * self._pages_for(max_length)
         with self._lock:
             left = self._pages_left()
             if lasting:
-                left = min(left, self.num_pages - self._lasting_pages - self._largest_reservation())
+                others = self.num_pages - self._lasting_pages - self._largest_reservation()
+                left = min(left, sum(self._free), others)
             if wanted > left:
                 wants, advice = "the session wants", "declare a smaller max_length or use another server"
                 if lasting:

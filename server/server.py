@@ -18,7 +18,8 @@ from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
 from swarm.routing.placement import choose_span
 
-from .adapters.costs import profile
+from .adapters.cost_model import AdapterCosts
+from .adapters.costs import known_or_measured_costs
 from .adapters.fetching import fetch_adapter
 from .adapters.registry import AdapterRegistry
 from .adapters.sources import Source, keep_looking, register_all
@@ -120,11 +121,7 @@ class Server:
         await self._announcer.announce()
 
         self._report(f"loading blocks {self.span} of {checkpoint.name}")
-        span, self._speed = await asyncio.to_thread(self._load, checkpoint, dtype, quantization, device)
-        costs = None
-        if config.adapters or config.adapters_from_hub:
-            self._report("measuring what adapters cost")
-            costs = await asyncio.to_thread(profile, span, config.max_batch_tokens)
+        span, self._speed, costs = await asyncio.to_thread(self._load, checkpoint, dtype, quantization, device)
         loop = asyncio.get_running_loop()
         self._engine = Engine(
             span,
@@ -182,14 +179,22 @@ class Server:
 
     def _load(
         self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
-    ) -> tuple[Span, Speed]:
+    ) -> tuple[Span, Speed, AdapterCosts | None]:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         from .loader import load_span
 
         span = load_span(checkpoint, self.span, dtype=dtype, quantization=quantization, device=device)
         key = SpeedKey.here(self.model.fingerprint, self._numerics, len(self.span), device)
-        return span, known_or_measured_speed(span, self._cache, key)
+        speed = known_or_measured_speed(span, self._cache, key)
+        if not self._takes_adapters:
+            return span, speed, None
+        self._report("looking what adapters cost")
+        return span, speed, known_or_measured_costs(span, self.config.max_batch_tokens, key)
+
+    @property
+    def _takes_adapters(self) -> bool:
+        return bool(self.config.adapters) or self.config.adapters_from_hub
 
     def _plan(
         self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
@@ -208,7 +213,7 @@ class Server:
         )
         kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
         memory, label = usable_memory(device, config.max_memory), f"{checkpoint.name} in {kind}"
-        if config.adapters or config.adapters_from_hub:
+        if self._takes_adapters:
             memory = max(0, memory - config.adapter_memory)
             label += f", beside {config.adapter_memory.human_readable(decimal=True)} for adapters (--adapter-memory),"
         return plan(
@@ -244,7 +249,7 @@ class Server:
             busy_rows=self._load_average.rows,
             session_rows=sum(len(session.rows) for session in self._cache.sessions()),
             numerics=self._numerics,
-            cache_tokens_left=self._cache.tokens_left,
+            cache_tokens_left=self._cache.tokens_left + (0 if adapters is None else adapters.idle_cache_tokens),
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,

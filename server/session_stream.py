@@ -47,6 +47,7 @@ from .sessions import Session
 from .tasks import StepOutput, StepTask
 
 if TYPE_CHECKING:
+    from .adapters.registry import Lease
     from .handler import Handler
 
 logger = logging.getLogger(__name__)
@@ -209,13 +210,21 @@ class SessionStream:
             held.callback(place.release)
             adapters = await self._handler.adapters.lease(request.adapters, request.num_rows)
             held.callback(adapters.release)
-            self._session = self._handler.open_session(request, self._peer_id, adapters)
+            self._session = await self._admit(request, adapters)
             self._held = held.pop_all()
         self._touch(self._handler.idle_limit)
         self._handler.by_session[request.session_id] = self
         self._connect_next(request.next)
         left = self._handler.engine.cache.tokens_left
         await self._send(SessionOpened(session_id=request.session_id, cache_tokens_left=left, clock=clock()))
+
+    async def _admit(self, request: OpenSession, adapters: Lease) -> Session:
+        try:
+            return self._handler.open_session(request, self._peer_id, adapters)
+        except CacheFull:  # perhaps of prefixes that nobody uses
+            if not await self._handler.adapters.make_cache_room(request.num_rows, request.max_length):
+                raise
+        return self._handler.open_session(request, self._peer_id, adapters)
 
     async def _relink(self, request: Relink) -> None:
         session = self._own_session()

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from swarm.errors import CacheFull
-
 from .forms import AdapterForms, KeyValuePrefix
 from .operators import Order, SideStreams
 from .sites import ActiveBatch, Site, site_of
@@ -147,12 +145,6 @@ def _stored(prefix: KeyValuePrefix, cache: KVCache) -> RowCache:
     """Where a prefix lies from now on. Raises CacheFull."""
     (row,) = cache.admit(1, prefix.num_tokens, lasting=True)
     try:
-        # Sessions of an overcommitted cache may hold what is not reserved by them.
-        if (missing := cache.pages_missing(row, prefix.num_tokens)) > (free := cache.free_pages):
-            raise CacheFull(
-                f"an adapter's prefix takes {missing} pages of the cache, and sessions leave {free}; "
-                "use another server, or try again later"
-            )
         cache.grow(row, prefix.num_tokens)
         cache.write(row, prefix.keys, prefix.values)
     except BaseException:

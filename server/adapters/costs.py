@@ -26,7 +26,8 @@ from ..speed_store import SpeedKey, device_to_ourselves, recall_costs, remember_
 from .applied import MOST_PADDED, Adapter
 from .base import is_linear
 from .cost_model import FORMS, AdapterCosts, Extent, FormCosts, MeasuredCosts, Sample, extents_of, fit
-from .forms import AdapterForms, BlockForms, Bottleneck, LinearForm, LowRank, NormForm, Sparse
+from .forms import AdapterForms
+from .synthetic import blocks_of, made_form, random_values, sizes_of
 
 if TYPE_CHECKING:
     from ..span import Span
@@ -43,16 +44,10 @@ _ROW_TOKENS = 32
 _FIRST = 6
 #: Rows and tokens of each that show, beside one row of as many tokens, what a row takes.
 _MANY_ROWS = (8, 4)
-#: Blocks that run: enough not to stay in a processor's nearest cache, few enough to be quick.
+#: Blocks of which the base runs: enough not to stay in a processor's nearest cache, few enough to be quick.
 _BLOCKS = 4
-_BLOCKS_OF_ADAPTERS = 2
-#: Modules of a block that a synthetic adapter changes, from the first to the last of them: they differ in size.
-_PLACES = 3
 #: Adapters in a batch and tokens of each: for the first size of a form, and for the second.
 _BATCHES = (((1, 1), (8, 1), (1, 32), (4, 8), (4, 16)), ((8, 1), (4, 16)))
-#: The two sizes: ranks, and the share of weights that are sparse entries. Vectors have one.
-_RANKS = (8, 32)
-_DENSITIES = (0.002, 0.01)
 
 
 def known_or_measured_costs(span: Span, most_tokens: int, key: SpeedKey) -> AdapterCosts:
@@ -81,7 +76,7 @@ def profile(span: Span, most_tokens: int, budget: float = BUDGET, rounds: int = 
     adapters: list[Adapter] = []
     try:
         for form in FORMS:
-            for size in range(1 if form in ("vector", "norm") else 2):
+            for size in sizes_of(form):
                 made = [made_form(span, form, size, seed) for seed in range(8)]
                 if not (extents := extents_of(made[0])):
                     continue  # no module takes it
@@ -145,7 +140,7 @@ class _BlocksJob(_Job):
         for row in admitted:
             self._cache.grow(row, tokens)
         self._chunks = [RowChunk(row, 0, tokens, 0, min(blocks, len(span.blocks))) for row in admitted]
-        self._hidden = _random(span, torch.Generator().manual_seed(0), rows * tokens, span.hidden_size)
+        self._hidden = random_values(span, torch.Generator().manual_seed(0), rows * tokens, span.hidden_size)
 
     def _forward(self) -> torch.Tensor:
         return self._span.forward(self._hidden, self._chunks, self._cache)
@@ -163,11 +158,11 @@ class _ModulesJob(_Job):
         self._runs = [(None if adapters is None else adapters[index], tokens) for index in range(rows)]
         chance = torch.Generator().manual_seed(0)
         self._calls: list[tuple[nn.Module, torch.Tensor]] = []
-        for block, changed in zip(_blocks_of(span), forms.blocks, strict=True):
+        for block, changed in zip(blocks_of(span), forms.blocks, strict=True):
             for path in (*changed.linear, *changed.bottlenecks, *changed.norms):
                 module: Any = block.get_submodule(path)
                 features = module.in_features if is_linear(module) else module.weight.numel()
-                self._calls.append((module, _random(span, chance, 1, rows * tokens, features)))
+                self._calls.append((module, random_values(span, chance, 1, rows * tokens, features)))
 
     @torch.inference_mode()
     def _forward(self) -> torch.Tensor:
@@ -255,75 +250,3 @@ def _form_costs(tried: Sequence[_Tried], device: torch.device) -> dict[str, Form
         if complete and len(complete) == len(samples):
             found[form] = fit(complete, MOST_PADDED[device.type])
     return found
-
-
-def _blocks_of(span: Span) -> list[nn.Module]:
-    return list(getattr(span._model, span._architecture.blocks))
-
-
-def made_form(span: Span, form: str, size: int, seed: int) -> AdapterForms:
-    """An adapter of one form, in the blocks that run."""
-    chance = torch.Generator().manual_seed(seed)
-    blocks = _blocks_of(span)
-    return AdapterForms(
-        [_made_block(span, block, form, size, chance) for block in blocks[:_BLOCKS_OF_ADAPTERS]]
-        + [BlockForms()] * (len(blocks) - _BLOCKS_OF_ADAPTERS)
-    )
-
-
-def _made_block(span: Span, block: nn.Module, form: str, size: int, chance: torch.Generator) -> BlockForms:
-    modules = dict(block.named_modules())
-    linear = [path for path, module in modules.items() if is_linear(module) and "experts" not in path.split(".")]
-    if form == "norm":
-        norms = [path for path, module in modules.items() if _is_norm(module)]
-        vectors = {path: modules[path].weight.detach().clone() for path in _some(norms)}
-        return BlockForms(norms={path: NormForm(weight=vector) for path, vector in vectors.items()})
-    if form == "bottleneck":
-        behind = [path for path in linear if modules[path].out_features == span.hidden_size]
-        features = span.hidden_size
-        return BlockForms(
-            bottlenecks={
-                path: Bottleneck(
-                    _random(span, chance, _RANKS[size], features), _random(span, chance, features, _RANKS[size])
-                )
-                for path in _some(behind)
-            }
-        )
-    return BlockForms(
-        linear={
-            path: _made_linear(span, modules[path].in_features, modules[path].out_features, form, size, chance)
-            for path in _some(linear)
-        }
-    )
-
-
-def _made_linear(
-    span: Span, in_features: int, out_features: int, form: str, size: int, chance: torch.Generator
-) -> LinearForm:
-    if form == "vector":
-        return LinearForm(bias_out=_random(span, chance, out_features))
-    if form == "low rank":
-        rank = _RANKS[size]
-        return LinearForm(
-            low_rank=LowRank(_random(span, chance, rank, in_features), _random(span, chance, out_features, rank))
-        )
-    entries = max(1, int(_DENSITIES[size] * in_features * out_features))
-    places = torch.randint(in_features * out_features, (entries,), generator=chance).unique()
-    values = torch.randn(len(places), generator=chance).to(span.device)
-    return LinearForm(sparse=Sparse(places.int().to(span.device), values, out_features, in_features))
-
-
-def _random(span: Span, chance: torch.Generator, *shape: int) -> torch.Tensor:
-    return (0.01 * torch.randn(*shape, generator=chance)).to(span.device, span.dtype)
-
-
-def _some(paths: Sequence[str]) -> list[str]:
-    """At most `_PLACES` of them, evenly from the first to the last."""
-    if len(paths) <= _PLACES:
-        return list(paths)
-    return [paths[number * (len(paths) - 1) // (_PLACES - 1)] for number in range(_PLACES)]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and not is_linear(module) and weight.dim() == 1

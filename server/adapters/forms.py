@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
+import torch.nn.functional as F
 
 #: What a bottleneck may do between its two matrices, under the names of `torch.nn.functional` or torch.
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "identity")
@@ -34,15 +35,30 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Sparse:
-    """A matrix [out_features, in_features] with few entries.
+    """A matrix [out_features, in_features] with few entries, in compressed rows: what products are made of.
 
-    indices: int32 [entries], ascending, each output * in_features + input. values: float32 [entries].
+    starts: int32 [out_features + 1], where each row's entries begin. columns: int32 [entries]. values: float32
+    [entries].
     """
 
-    indices: torch.Tensor
+    starts: torch.Tensor
+    columns: torch.Tensor
     values: torch.Tensor
     out_features: int
     in_features: int
+
+    @classmethod
+    def of(cls, indices: torch.Tensor, values: torch.Tensor, out_features: int, in_features: int) -> Sparse:
+        """indices: whole numbers [entries], ascending, each output * in_features + input."""
+        counts = torch.bincount(indices // in_features, minlength=out_features)
+        starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        return cls(starts, (indices % in_features).to(torch.int32), values, out_features, in_features)
+
+    @property
+    def indices(self) -> torch.Tensor:
+        """int32 [entries], as `of` takes them."""
+        rows = torch.arange(self.out_features, dtype=torch.int32, device=self.columns.device)
+        return rows.repeat_interleave(self.starts.diff()) * self.in_features + self.columns
 
 
 @dataclass(frozen=True)

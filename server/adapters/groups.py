@@ -298,14 +298,18 @@ class _SparseMatrix:
 
     @torch.inference_mode(False)
     def __init__(self, blocks: Sequence[Sparse | None], out_features: int, in_features: int):
-        rows, columns, values = [], [], []
+        device = next(block.starts.device for block in blocks if block is not None)
+        starts, columns, values, entries = [torch.zeros(1, dtype=torch.int32, device=device)], [], [], 0
         for number, block in enumerate(blocks):
-            if block is not None:
-                rows.append(block.indices // in_features + number * out_features)
-                columns.append(block.indices % in_features + number * in_features)
+            if block is None:
+                starts.append(starts[0].new_full((out_features,), entries))
+            else:
+                starts.append(block.starts[1:] + entries)
+                columns.append(block.columns + number * in_features if number else block.columns)
                 values.append(block.values)
+                entries += len(block.values)
         shape = len(blocks) * out_features, len(blocks) * in_features
-        self._matrix = _compressed(torch.cat(rows), torch.cat(columns), torch.cat(values), shape)
+        self._matrix = _compressed(torch.cat(starts), torch.cat(columns), torch.cat(values), shape)
         self._transposed: torch.Tensor | None = None
 
     @property
@@ -328,14 +332,11 @@ class _SparseMatrix:
 
 
 def _compressed(
-    rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
+    starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """rows: ascending."""
-    counts = torch.bincount(rows, minlength=shape[0])
-    starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(enable=False):
         warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)")
-        return torch.sparse_csr_tensor(starts, columns.to(torch.int32), values, shape, check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 def _parts_of(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -348,7 +349,9 @@ def _transpose(matrix: torch.Tensor) -> torch.Tensor:
     num_rows, num_columns = matrix.shape
     rows = torch.arange(num_rows, device=columns.device).repeat_interleave(starts.diff())
     order = torch.argsort(columns.long() * num_rows + rows)
-    return _compressed(columns[order], rows[order], values[order], (num_columns, num_rows))
+    counts = torch.bincount(columns, minlength=num_columns)
+    starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    return _compressed(starts, rows[order].to(torch.int32), values[order], (num_columns, num_rows))
 
 
 class _SparseProduct(torch.autograd.Function):

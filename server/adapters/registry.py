@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -32,12 +33,13 @@ from .applied import Adapter, AppliedAdapters
 from .base import BaseBlocks
 from .forms import AdapterForms
 from .importing import Manifest, import_adapter, read_manifest
-from .worker import DaemonWorker
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 MAX_NAME = 64
+#: Adapters of the hub that are fetched or wait for their turn; whoever wants another one goes elsewhere.
+MAX_FETCHING = 16
 #: As `AdapterInfo` takes it.
 NAME = re.compile(rf"[\x21-\x7e]{{1,{MAX_NAME}}}")
 #: (name, bytes, nanoseconds of the last change) of each file in a folder.
@@ -125,7 +127,8 @@ class AdapterRegistry:
         self._manifests: dict[tuple[Path, Stamp], Manifest] = {}
         # One at a time, on one core: loading must not take the others from the batches that run meanwhile.
         self._worker = ThreadPoolExecutor(1, "adapters", initializer=torch.set_num_threads, initargs=(1,))
-        self._downloader = DaemonWorker("adapters of the hub")  # a slow hub holds up only who wants something of it
+        self._downloads = asyncio.Lock()
+        self._fetching: dict[str, asyncio.Task[None]] = {}
 
     # --- what there is ---
 
@@ -166,14 +169,34 @@ class AdapterRegistry:
         """Bring an adapter of the hub here. Raises AdapterError, AdapterNotHere where that is not allowed."""
         if self._fetch is None:
             raise AdapterNotHere(f"this server has no adapter {name!r}, and takes none from the hub")
-        folder = await asyncio.wrap_future(self._downloader.submit(partial(self._fetch, name, self._max_adapter_bytes)))
+        if name not in self._fetching:
+            if len(self._fetching) >= MAX_FETCHING:
+                raise AdapterNotHere(
+                    f"this server fetches {MAX_FETCHING} adapters already; ask again later for {name!r}"
+                )
+            task = self._fetching[name] = asyncio.create_task(self._download(name, self._fetch))
+            task.add_done_callback(lambda _: self._fetching.pop(name))
+        await asyncio.shield(self._fetching[name])  # others may wait for it when this client has gone
+
+    async def _download(self, name: str, fetch: Callable[[str, int], Path]) -> None:
+        """One at a time. A slow hub holds up only who wants something of it, and no server that stops: a thread of a
+        pool would."""
+        async with self._downloads:
+            done = Future[Path]()
+            done.set_running_or_notify_cancel()
+            action = partial(fetch, name, self._max_adapter_bytes)
+            threading.Thread(target=_settle, args=(done, action), name="adapter of the hub", daemon=True).start()
+            folder = await asyncio.wrap_future(done)
         await self.register(name, folder, from_hub=True)
 
-    async def register(self, name: str, folder: Path, *, shelf: Path | None = None, from_hub: bool = False) -> None:
+    async def register(
+        self, name: str, folder: Path, *, shelf: Path | None = None, from_hub: bool = False, try_first: bool = False
+    ) -> None:
         """Make an adapter available. Raises AdapterError for files that cannot be one, or are too large, for an adapter
         that turned out to be of no use here, and for a name that is none, or that another one from elsewhere has.
 
-        shelf: the folder of folders in which it was found.
+        shelf: the folder of folders in which it was found. try_first: import one that is new here, so that nobody is
+        offered what would then fail.
         """
         if not NAME.fullmatch(name):
             raise AdapterError(f"{name!r} is no name for an adapter: 1 to {MAX_NAME} characters without spaces")
@@ -185,6 +208,12 @@ class AdapterRegistry:
             )
         if manifest.digest in self._useless:
             raise AdapterError(self._useless[manifest.digest])
+        if try_first and manifest.digest not in self._by_digest:
+            try:
+                self._check_size(await self._work(_import_unchanged, [folder], manifest, self._base))
+            except AdapterError as error:
+                self._note_useless(manifest, error)
+                raise
         known = self._by_name.get(name)
         if known is not None and known.manifest.digest == manifest.digest:
             if known.names[name].shelf == shelf:
@@ -265,6 +294,28 @@ class AdapterRegistry:
         if not entry.users and not entry.names:
             self._forget(entry)
 
+    @property
+    def idle_cache_tokens(self) -> int:
+        """Tokens of the KV cache that prefixes take which nobody uses: `make_cache_room` gives them back."""
+        return self._cache.page_size * sum(self._prefix_pages(entry) for entry in self._idle())
+
+    async def make_cache_room(self, num_rows: int, max_length: int) -> bool:
+        """Unload adapters whose prefixes stand where a session wants to. False if it does not fit even so."""
+        lacking = self._cache.pages_lacking(num_rows, max_length)
+        if self._cache.page_size * lacking > self.idle_cache_tokens:
+            return False
+        for entry in self._idle():
+            if lacking > 0 and (pages := self._prefix_pages(entry)):
+                self._unload(entry)
+                lacking -= pages
+        await asyncio.wrap_future(self._errands.run_between(lambda: None))  # once those are unloaded
+        return True
+
+    @staticmethod
+    def _prefix_pages(entry: _Entry) -> int:
+        row = None if entry.loaded is None else entry.loaded.prefix_row
+        return 0 if row is None else len(row.pages)
+
     # --- memory ---
 
     async def _load(self, name: str, entry: _Entry) -> None:
@@ -273,8 +324,7 @@ class AdapterRegistry:
             forms = await self._work(_import_unchanged, folders, entry.manifest, self._base)
             entry.loaded = await self._put_into_blocks(forms)
         except AdapterError as error:
-            if not isinstance(error, _FilesChanged):  # it is of no use to anybody
-                self._useless[entry.manifest.digest] = str(error)
+            self._note_useless(entry.manifest, error)
             for other in list(entry.names):
                 self.complain(other, error)
                 self.unregister(other)
@@ -293,7 +343,12 @@ class AdapterRegistry:
             if not entry.names and not entry.users:  # nobody waited for it
                 self._forget(entry)
 
-    async def _put_into_blocks(self, forms: AdapterForms) -> Adapter:
+    def _note_useless(self, manifest: Manifest, error: AdapterError) -> None:
+        if not isinstance(error, _FilesChanged):  # else it is not the adapter's fault
+            self._useless[manifest.digest] = str(error)
+
+    def _check_size(self, forms: AdapterForms) -> None:
+        """Raises AdapterError for an adapter that never fits here."""
         if forms.nbytes > self._max_bytes:
             raise AdapterError(
                 f"it takes {_shown(forms.nbytes)} here, more than all memory for adapters "
@@ -303,6 +358,9 @@ class AdapterRegistry:
             raise AdapterError(
                 f"its prefix of {forms.prefix.num_tokens} tokens is longer than the whole cache (--cache-tokens)"
             )
+
+    async def _put_into_blocks(self, forms: AdapterForms) -> Adapter:
+        self._check_size(forms)
         self._make_room(forms.nbytes)
         self._bytes += forms.nbytes
         try:
@@ -311,7 +369,7 @@ class AdapterRegistry:
                     adding = self._errands.run_between(lambda: self._applied.add(forms, self._cache))
                     return await asyncio.wrap_future(adding)
                 except CacheFull:  # for its prefix
-                    idle = next((entry for entry in self._idle() if entry.loaded and entry.loaded.prefix_tokens), None)
+                    idle = next((entry for entry in self._idle() if self._prefix_pages(entry)), None)
                     if idle is None:
                         raise
                     self._unload(idle)
@@ -371,6 +429,13 @@ def _stamp_of(folder: Path) -> Stamp:
         )
     except OSError as error:
         raise AdapterError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _settle(done: Future[Result], action: Callable[[], Result]) -> None:
+    try:
+        done.set_result(action())
+    except BaseException as error:
+        done.set_exception(error)
 
 
 class _FilesChanged(AdapterError):

@@ -83,7 +83,7 @@ async def look_through(registry: AdapterRegistry, source: Source, *, strict: boo
             registry.unregister(name)
     for name, folder in found.items():
         try:
-            await registry.register(name, folder, shelf=source.folder)
+            await registry.register(name, folder, shelf=source.folder, try_first=not strict)
         except SwarmError as error:
             if strict:
                 raise AdapterError(f"{folder}: {error}") from error
@@ -102,6 +102,8 @@ async def keep_looking(registry: AdapterRegistry, sources: Sequence[Source], per
                 await look_through(registry, shelf)
             except OSError as error:
                 logger.warning("cannot look through %s: %s", shelf.folder, error)
+            except (RuntimeError, MemoryError):  # of one adapter, out of memory mostly: the next look may do better
+                logger.exception("cannot look through %s", shelf.folder)
 
 
 def _adapters_in(folder: Path) -> dict[str, Path]:

@@ -64,7 +64,7 @@ class Maker:
     def sparse(self, layer: Any, entries: int) -> Sparse:
         size = layer.out_features * layer.in_features
         indices = torch.randperm(size, generator=self._generator)[:entries].sort().values
-        return Sparse(
+        return Sparse.of(
             indices.to(torch.int32), self.normal(entries, std=3 * self._strength), layer.out_features, layer.in_features
         )
 

@@ -27,7 +27,7 @@ def test_a_swarm_has_the_tokens_of_plain_transformers(
     gradient, adapters, alone, together = capsys.readouterr().out.splitlines()
     assert gradient.startswith("float32, training: the gradient of 3 x 48 embeddings is")
     assert gradient.endswith("ok")
-    assert adapters.startswith("float32, adapters: 13 rows of 6 kinds and none are")
+    assert adapters.startswith("float32, adapters: 13 rows of 6 kinds and none beside each other")
     assert adapters.endswith("ok")
     assert alone.startswith("float32, alone: 2 of 2 texts of 8 tokens equal")
     assert together.startswith("float32, together: 2 of 2 texts of 8 tokens equal")

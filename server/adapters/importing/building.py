@@ -156,9 +156,8 @@ class FormsBuilder:
 
     def _own_sparse(self, sparse: Sparse) -> Sparse:
         device = self._base.device
-        indices = sparse.indices.to(device, torch.int32, copy=True).contiguous()
-        values = sparse.values.to(device, torch.float32, copy=True).contiguous()
-        return Sparse(indices, values, sparse.out_features, sparse.in_features)
+        starts, columns, values = (part.to(device) for part in (sparse.starts, sparse.columns, sparse.values))
+        return Sparse(starts, columns, values, sparse.out_features, sparse.in_features)
 
 
 def sparse_of(indices: torch.Tensor, values: torch.Tensor, out_features: int, in_features: int, what: str) -> Sparse:
@@ -174,4 +173,4 @@ def sparse_of(indices: torch.Tensor, values: torch.Tensor, out_features: int, in
         raise AdapterError(f"an index of the entries of {what} lies outside its {out_features} x {in_features} entries")
     if (indices[1:] == indices[:-1]).any():
         raise AdapterError(f"an entry of {what} is given twice")
-    return Sparse(indices.to(torch.int32), values.float()[order], out_features, in_features)
+    return Sparse.of(indices, values.float()[order], out_features, in_features)

@@ -167,7 +167,7 @@ def test_a_prefix_for_which_an_overcommitted_cache_has_no_page() -> None:
     for (row,) in sessions:
         cache.grow(row, 8)
     left = cache.tokens_left
-    with pytest.raises(CacheFull, match="takes 2 pages of the cache, and sessions leave 0"):
+    with pytest.raises(CacheFull, match="has room for 0 more tokens, but an adapter's prefix takes 1 x 8"):
         applied.add(forms, cache)
     assert cache.tokens_left == left
     cache.release(sessions[0])

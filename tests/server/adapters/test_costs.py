@@ -67,7 +67,7 @@ def test_no_cost_is_negative() -> None:
 def forms() -> AdapterForms:
     vector = torch.zeros(16)
     low_rank = LowRank(torch.zeros(5, 32), torch.zeros(16, 5))
-    sparse = Sparse(torch.arange(7, dtype=torch.int32), torch.zeros(7), 16, 32)
+    sparse = Sparse.of(torch.arange(7, dtype=torch.int32), torch.zeros(7), 16, 32)
     block = BlockForms(
         linear={"a": LinearForm(bias_out=vector, low_rank=low_rank, sparse=sparse), "b": LinearForm(bias_out=vector)},
         bottlenecks={"a": Bottleneck(torch.zeros(4, 16), torch.zeros(16, 4), activation="gelu")},

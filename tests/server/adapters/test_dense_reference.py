@@ -42,7 +42,7 @@ def test_a_linear_form_is_a_changed_weight_and_bias(tiny_model: Any) -> None:
     torch.manual_seed(0)
     down, up = torch.randn(4, 64) * 0.1, torch.randn(64, 4) * 0.1
     scale_in, scale_out, bias = 1 + torch.randn(64) * 0.1, 1 + torch.randn(64) * 0.1, torch.randn(64) * 0.1
-    sparse = Sparse(torch.tensor([3, 64, 700], dtype=torch.int32), torch.tensor([1.0, -2.0, 0.5]), 64, 64)
+    sparse = Sparse.of(torch.tensor([3, 64, 700], dtype=torch.int32), torch.tensor([1.0, -2.0, 0.5]), 64, 64)
     form = LinearForm(scale_in, scale_out, bias, LowRank(down, up), sparse)
     changed = copy.deepcopy(tiny_model)
     for block in changed.model.layers:

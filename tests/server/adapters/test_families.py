@@ -88,7 +88,7 @@ class FamilyForms:
             1 + self._normal(outside),
             self._normal(outside),
             LowRank(self._normal(2, inside), self._normal(outside, 2)),
-            Sparse(indices, self._normal(20), outside, inside),
+            Sparse.of(indices, self._normal(20), outside, inside),
         )
 
     def _normal(self, *shape: int) -> torch.Tensor:

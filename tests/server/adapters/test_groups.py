@@ -47,7 +47,7 @@ def bottleneck(seed: int, activation: str = "relu") -> Bottleneck:
 def sparse(seed: int) -> Sparse:
     entries = 1 + seed % 9
     indices = torch.randperm(IN * OUT, generator=torch.Generator().manual_seed(seed))[:entries].sort().values
-    return Sparse(indices.to(torch.int32), draw(seed, entries), OUT, IN)
+    return Sparse.of(indices.to(torch.int32), draw(seed, entries), OUT, IN)
 
 
 def of_low_rank(form: LowRank, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -177,6 +177,21 @@ def test_a_pool_does_not_grow_for_ever_while_each_batch_has_few() -> None:
         pool.forms[seed] = low_rank(seed)
         pool.run([(seed, 1), (seed - 1 if seed else None, 1)])
     assert pool.group.num_slots <= 8
+
+
+@pytest.mark.parametrize("others", [[], [1, 2]])
+@pytest.mark.parametrize("count", [1, MOST_PADDED + 1])
+def test_a_sparse_difference_without_entries(others: list[int], count: int) -> None:
+    """A mask that keeps every weight."""
+    pool = Pool("sparse")
+    nothing = torch.empty(0)
+    pool.forms[0] = Sparse.of(nothing.to(torch.int32), nothing, OUT, IN)
+    pool.run([(0, count), *((seed, 2) for seed in others), (None, 1)])
+    tokens = TokenMap([(0, count)], CPU, MOST_PADDED)
+    input = draw(0, count, IN).requires_grad_()
+    output = pool.group.add_to(draw(1, count, OUT), input, tokens, pool.group.members({0: pool.forms[0]}))
+    (gradient,) = torch.autograd.grad(output.sum() + input.sum(), input)
+    assert torch.equal(gradient, torch.ones_like(gradient))
 
 
 def test_a_member_that_is_always_there_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:

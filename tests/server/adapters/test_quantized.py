@@ -71,7 +71,7 @@ def in_dtype(form: Any, dtype: torch.dtype) -> Any:
     if not hasattr(form, "__dataclass_fields__"):
         return form
     own = {name: in_dtype(getattr(form, name), dtype) for name in form.__dataclass_fields__}
-    if "indices" in own:
+    if "columns" in own:
         own["values"] = form.values
     return type(form)(**own)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -14,14 +18,15 @@ import pytest
 import torch
 
 from swarm.data_structures import MAX_ANNOUNCED_ADAPTERS, AdapterRef
-from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError, UsageError
+from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError, SwarmError, UsageError
 from swarm.protocol import RowAdapters, row_adapters
 from swarm.server.adapters import registry as registry_module
+from swarm.server.adapters import sources as sources_module
 from swarm.server.adapters.applied import Adapter
 from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix, LinearForm
 from swarm.server.adapters.importing import Manifest
-from swarm.server.adapters.registry import AdapterRegistry, Lease
-from swarm.server.adapters.sources import Source, look_through, register_all
+from swarm.server.adapters.registry import MAX_FETCHING, AdapterRegistry, Lease
+from swarm.server.adapters.sources import Source, keep_looking, look_through, register_all
 from swarm.server.kv_cache import KVCache
 
 LIMIT = 30.0  # seconds for what takes milliseconds on an idle machine
@@ -107,6 +112,7 @@ class FakeBlocks:
         row = None
         if forms.prefix is not None:
             (row,) = cache.admit(1, forms.prefix.num_tokens, lasting=True)
+            cache.grow(row, forms.prefix.num_tokens)
         adapter = Adapter(forms, row)
         self.present.append(adapter)
         self.num_added += 1
@@ -368,10 +374,9 @@ async def test_an_adapter_that_cannot_be_used_is_no_longer_offered(
     fake: Fixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shelf = Source(None, tmp_path)
-    write(tmp_path / "good")
-    write(tmp_path / "wrong", bad="made for another base")
+    await register(fake, tmp_path, "good")
+    await register(fake, tmp_path, "wrong", bad="made for another base")
     with caplog.at_level(logging.WARNING, "swarm.server.adapters.registry"):
-        await look_through(fake.registry, shelf)
         with await fake.lease("good") as good:
             with pytest.raises(AdapterNotHere, match=r"adapter 'wrong' cannot be used: made for another base"):
                 await fake.lease("wrong", "good")
@@ -386,6 +391,20 @@ async def test_an_adapter_that_cannot_be_used_is_no_longer_offered(
     await look_through(fake.registry, shelf)
     with await fake.lease(ref("wrong", "repaired")):
         assert fake.registry.loaded_bytes == 200
+
+
+async def test_what_comes_while_the_server_serves_is_tried_before_it_is_offered(fake: Fixture, tmp_path: Path) -> None:
+    shelf = Source(None, tmp_path)
+    write(tmp_path / "a")
+    await look_through(fake.registry, shelf)
+    changes = fake.changes
+    write(tmp_path / "large", size=351)
+    write(tmp_path / "wrong", bad="made for another base")
+    for _ in range(3):
+        await look_through(fake.registry, shelf)
+    assert (fake.announced, fake.changes) == (["a"], changes)
+    assert fake.files.imported == ["a", "large", "wrong"]
+    assert fake.blocks.present == [], "nothing had to make room for them"
 
 
 async def test_an_adapter_larger_than_the_limits(fake: Fixture, tmp_path: Path) -> None:
@@ -412,7 +431,7 @@ async def test_files_that_change_after_they_were_announced(fake: Fixture, tmp_pa
     write(tmp_path / "a", "new")
     with pytest.raises(AdapterNotHere, match="files changed or went away"):
         await fake.lease("a")
-    assert fake.files.imported == []
+    assert fake.files.imported == ["a"]
     await look_through(fake.registry, shelf)
     (await fake.lease(ref("a", "new"))).release()
     write(tmp_path / "a")  # and back: it was the files' fault, not the adapter's
@@ -440,24 +459,54 @@ async def test_an_engine_that_ends_while_an_adapter_is_put_in(fake: Fixture, tmp
         assert fake.registry.loaded_bytes == 100
 
 
-@pytest.mark.parametrize(
-    ("failure", "error", "text"),
-    [
-        (RuntimeError("a bug"), EngineError, "loading adapter 'a' failed: RuntimeError: a bug"),
-        (torch.OutOfMemoryError("out of memory"), CacheFull, "no memory is left to load adapter 'a'"),
-    ],
-)
-async def test_an_adapter_that_cannot_be_loaded_now(
-    fake: Fixture, tmp_path: Path, failure: Exception, error: type[Exception], text: str
-) -> None:
-    """One clear error for whoever wants it, and the next one may have more luck."""
+async def test_a_bug_becomes_one_clear_error(fake: Fixture, tmp_path: Path) -> None:
     await register(fake, tmp_path, "a")
-    fake.engine.error = failure
-    with pytest.raises(error, match=text):
+    fake.engine.error = ValueError("a bug")
+    with pytest.raises(EngineError, match="loading adapter 'a' failed: ValueError: a bug"):
         await fake.lease("a")
-    fake.engine.error = None
-    with await fake.lease("a"):
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError("no memory"), OSError("no disk")])
+@pytest.mark.parametrize("where", ["import", "blocks"])
+async def test_trouble_that_is_not_the_adapters_fault(
+    fake: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+) -> None:
+    """Who asked is told, nobody else is harmed, and the adapter stays on offer."""
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    await register(fake, tmp_path, "a", "b")
+    with await fake.lease("b"):
+        with monkeypatch.context() as patch:
+            if where == "import":
+                patch.setattr(registry_module, "import_adapter", fail)
+            else:
+                patch.setattr(fake.blocks, "add", fail)
+            with pytest.raises(SwarmError, match=r"no memory|files changed|no disk"):
+                await fake.lease("a")
         assert fake.registry.loaded_bytes == 100
+    if where == "blocks" or not isinstance(error, OSError):
+        assert sorted(fake.announced) == ["a", "b"]
+        (await fake.lease("a")).release()
+
+
+async def test_looking_goes_on_whatever_happens(fake: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    errors: list[Exception] = [OSError("gone"), MemoryError(), RuntimeError("odd")]
+    looked = asyncio.Event()
+
+    async def look(*_: Any) -> None:
+        if errors:
+            raise errors.pop()
+        looked.set()
+
+    monkeypatch.setattr(sources_module, "look_through", look)
+    looking = asyncio.create_task(keep_looking(fake.registry, [Source(None, shelf)], 0.0))
+    async with asyncio.timeout(LIMIT):
+        await looked.wait()
+    looking.cancel()
 
 
 # --- prefixes ------------------------------------------------------------------------------------------------------
@@ -477,6 +526,22 @@ async def test_a_prefix_that_nobody_uses_makes_room_for_another(fake: Fixture, t
     assert fake.registry.loaded_bytes == 200
     fake.registry.unregister("c")
     assert fake.cache.tokens_left == 2 * PAGE
+
+
+async def test_prefixes_that_nobody_uses_make_room_for_sessions(fake: Fixture, tmp_path: Path) -> None:
+    await register(fake, tmp_path, "a", "b", "c", prefix=PAGE)
+    for name in ("a", "b", "c"):
+        (await fake.lease(name)).release()
+    with await fake.lease("b"):
+        assert (fake.cache.tokens_left, fake.registry.idle_cache_tokens) == (PAGE, 2 * PAGE)
+        assert not await fake.registry.make_cache_room(1, 3 * PAGE + 1)
+        assert fake.registry.loaded_bytes == 300, "nothing is given up in vain"
+        assert await fake.registry.make_cache_room(2, PAGE)
+        assert (fake.cache.tokens_left, fake.registry.idle_cache_tokens) == (2 * PAGE, PAGE)
+        assert await fake.registry.make_cache_room(1, 3 * PAGE)
+        assert (fake.cache.tokens_left, fake.registry.idle_cache_tokens) == (3 * PAGE, 0)
+        assert fake.registry.loaded_bytes == 100
+    (await fake.lease("a")).release()
 
 
 async def test_a_prefix_longer_than_the_cache_never_fits(fake: Fixture, tmp_path: Path) -> None:
@@ -507,7 +572,7 @@ async def test_a_shelf_is_looked_through(fake: Fixture, tmp_path: Path, caplog: 
     (tmp_path / "a" / "petswarm_adapter.json").unlink()
     await look_through(fake.registry, shelf)
     assert (fake.announced, fake.changes) == (["b"], changes + 2)
-    assert fake.files.manifests_read == read + 1 + 1, "only what changed is read, and what is bad anyway"
+    assert fake.files.manifests_read == read + 2 + 1, "only what is new is read, and what is bad anyway"
 
 
 async def test_contents_of_a_shelf_that_become_bad(fake: Fixture, tmp_path: Path) -> None:
@@ -673,3 +738,59 @@ async def test_a_slow_hub_holds_up_nobody_else(files: FakeFiles, tmp_path: Path)
     first, second = await asyncio.gather(*slow)
     assert first.rows[0] is second.rows[0]
     fake.registry.close()
+
+
+async def test_downloads_come_one_at_a_time_also_when_nobody_waits_any_more(files: FakeFiles, tmp_path: Path) -> None:
+    entered, gate = threading.Semaphore(0), threading.Event()
+    running: list[str] = []
+    most: list[int] = []
+
+    def fetch(name: str, max_bytes: int) -> Path:
+        running.append(name)
+        most.append(len(running))
+        entered.release()
+        assert gate.wait(LIMIT)
+        running.remove(name)
+        return write(tmp_path / name)
+
+    fake = Fixture(files, fetch)
+    impatient = asyncio.create_task(fake.lease(AdapterRef("org/a", digest_of("a"))))
+    await asyncio.to_thread(entered.acquire, timeout=LIMIT)
+    impatient.cancel()
+    await asyncio.wait([impatient])
+    many = [asyncio.create_task(fake.lease(AdapterRef(f"org/{n}", digest_of(str(n))))) for n in range(1, MAX_FETCHING)]
+    await asyncio.sleep(0)
+    with pytest.raises(AdapterNotHere, match="fetches 16 adapters already"):
+        await fake.lease(AdapterRef("org/more", digest_of("more")))
+    for task in many[3:]:
+        task.cancel()
+    gate.set()
+    for lease in await asyncio.gather(*many[:3]):
+        assert lease.rows[0] is not None
+    assert max(most) == 1
+    fake.registry.close()
+
+
+def test_a_server_ends_while_it_downloads() -> None:
+    """However slow the hub is."""
+    program = """
+        import asyncio, threading
+        from no_adapters import empty_registry
+
+        async def main():
+            registry, started = empty_registry(), threading.Event()
+            registry._fetch = lambda *_: (started.set(), threading.Event().wait())
+            fetching = asyncio.create_task(registry.fetch("org/a"))
+            await asyncio.to_thread(started.wait)
+            fetching.cancel()
+            registry.close()
+
+        asyncio.run(main())
+    """
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "fakes"), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        check=True,
+        timeout=LIMIT,
+        env={**os.environ, "PYTHONPATH": path},
+    )
