@@ -76,7 +76,7 @@ class Site(Generic[SiteForm]):
         """True if nobody is left."""
         self._forms.pop(adapter, None)
         self._groups = {key: group for key, group in self._groups.items() if not group.forget(adapter)}
-        self._planned_for = None
+        self._planned_for = self._plan = None  # which may name the adapter, and so keep its tensors
         return not self._forms
 
     def _forward(self, *arguments: Any, **options: Any) -> Any:
