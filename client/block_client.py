@@ -236,7 +236,7 @@ class RemoteSpan:
 
     async def start(self, request: OpenSession) -> None:
         asked_at = clock()
-        answer = await self._ask(request, "accept a session")
+        answer = await self._ask(request, "accept a session", slow=request.adapters is not None)
         if not isinstance(answer, SessionOpened):
             raise ProtocolError(f"server {self._peer_id} answered {type(answer).__name__} to a request for a session")
         self.clock = PeerClock.asked(asked_at, answer.clock, clock())
@@ -280,22 +280,30 @@ class RemoteSpan:
         self._reading.cancel()
         self._stream.close()
 
-    async def _ask(self, request: Message, action: str, payload: memoryview = NOTHING) -> Message:
+    async def _ask(
+        self, request: Message, action: str, payload: memoryview = NOTHING, *, slow: bool = False
+    ) -> Message:
         """Send a request that is no step and wait for its answer. Answers come in the order of the questions.
 
-        One with a tensor may take as long as a step: megabytes of prompts need their time on a slow line.
+        One with a tensor may take as long as a step: megabytes of prompts need their time on a slow line. So may a slow
+        one, for which the server has adapters to load, as long as it shows signs of life.
         """
         if self.broken is not None:
             raise self.broken
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._questions.append(answer)
-        timeout = self._config.request_timeout if payload else self._config.connect_timeout
+        patience = self._config.connect_timeout
+        timeout = self._config.request_timeout if payload or slow else patience
         try:
             async with asyncio.timeout(timeout):
                 await self._stream.send(request, payload)
+                while slow and not (await asyncio.wait({answer}, timeout=patience))[0]:
+                    await self.probe(patience)
                 return await answer
         except TimeoutError as error:
             raise self._late_error(action, timeout) from error
+        finally:
+            answer.cancel()  # where nobody waits for it any more
 
     async def _write(
         self, message: Message, payload: bytes | bytearray | memoryview, timeout: float, action: str

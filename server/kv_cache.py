@@ -127,18 +127,21 @@ class KVCache:
         """Reserve `max_length` tokens for each row. Raises CacheFull with what is left.
 
         lasting: for no session, but for tokens that many of them read: `sessions` does not list it, so it is never
-        evicted. They find their pages at once or not at all.
+        evicted. They find their pages at once or not at all, and leave enough for the largest session.
         """
         wanted = num_rows * self._pages_for(max_length)
         with self._lock:
             left = self._pages_left()
             if lasting:
-                left = min(left, sum(self._free))
+                others = self.num_pages - self._lasting_pages - self._largest_reservation()
+                left = min(left, sum(self._free), others)
             if wanted > left:
+                wants, advice = "the session wants", "declare a smaller max_length or use another server"
+                if lasting:
+                    wants, advice = "an adapter's prefix takes", "use another server, or try again later"
                 raise CacheFull(
-                    f"the cache has room for {left * self.page_size} more tokens, but the session wants "
-                    f"{num_rows} x {max_length} (in pages of {self.page_size}); "
-                    "declare a smaller max_length or use another server",
+                    f"the cache has room for {left * self.page_size} more tokens, but {wants} "
+                    f"{num_rows} x {max_length} (in pages of {self.page_size}); {advice}",
                     tokens_left=left * self.page_size,
                 )
             self._reserved_pages += wanted
@@ -148,6 +151,11 @@ class KVCache:
             else:
                 self._sessions[session] = None
         return list(session.rows)
+
+    def _largest_reservation(self) -> int:
+        """Pages that one session may come to hold."""
+        reserved = (sum(self._pages_for(row.max_length) for row in session.rows) for session in self._sessions)
+        return max(reserved, default=0)
 
     def release(self, rows: Iterable[RowCache]) -> None:
         """Give back pages and reservation. Releasing twice does no harm.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swarm.errors import EngineError, MessageTooLarge, PeerUnreachable, ProtocolError
+from swarm.errors import AdapterNotHere, EngineError, MessageTooLarge, PeerUnreachable, ProtocolError
 from swarm.passes import PassRequest, PassResult, TensorPart, parts_of, tensor_bytes
 from swarm.protocol import MAX_PROMPT_TOKENS, TensorMeta, check_rows
 from swarm.rpc import FrameStream
@@ -30,7 +30,7 @@ async def serve_pass(handler: Handler, stream: FrameStream, peer_id: str) -> Non
     _check(request, handler)
     await handler.quotas.request(peer_id)
     size = sum(tensor_bytes(meta) for meta in request.tensors)
-    adapters = await handler.adapters.lease(request.adapters, len(request.lengths))
+    adapters = await _lease(request, handler)
     with adapters, await handler.quotas.bytes(peer_id, size):
         tensors = [await _read_tensor(stream, meta, handler, peer_id) for meta in request.tensors]
         task = _task(request, tensors, handler, peer_id, adapters)
@@ -38,6 +38,15 @@ async def serve_pass(handler: Handler, stream: FrameStream, peer_id: str) -> Non
         output = await _run(handler, task, stream)
         del task
         await _answer(stream, request, output)
+
+
+async def _lease(request: PassRequest, handler: Handler) -> Lease:
+    """Raises AdapterNotHere also if loading takes too long: from the hub, it takes what the hub takes."""
+    try:
+        async with asyncio.timeout(handler.pass_timeout):
+            return await handler.adapters.lease(request.adapters, len(request.lengths))
+    except TimeoutError:
+        raise AdapterNotHere(f"the adapters of the pass were not loaded within {handler.pass_timeout:g} s") from None
 
 
 async def _read_request(stream: FrameStream) -> PassRequest:

@@ -61,6 +61,7 @@ class Server:
         self._handler: Handler | None = None
         self._load_average = LoadAverage(lambda: self._present_load)
         self._looking: list[asyncio.Task[None]] = []
+        self._sources: list[Source] = []
         self._adapters: AdapterRegistry | None = None
         self._relayed = False
 
@@ -71,6 +72,7 @@ class Server:
         """
         config = self.config
         device = _device(config.device)
+        self._sources = [Source.parse(text) for text in config.adapters]
         # Joining mostly waits, opening the checkpoint mostly imports transformers: side by side.
         joining = asyncio.create_task(self._join())
         self._report(f"opening {config.model}")
@@ -135,10 +137,9 @@ class Server:
         )
         self._adapters = self._make_registry(span, checkpoint)
         self._engine.start()
-        sources = [Source.parse(text) for text in config.adapters]
-        if sources:
+        if self._sources:
             self._report(f"loading adapters from {', '.join(config.adapters)}")
-        await register_all(self._adapters, sources)
+        await register_all(self._adapters, self._sources)
         sessions = SessionTable(self._cache, on_change=self._announcer.touch)
         self._handler = Handler(
             self._engine,
@@ -155,7 +156,7 @@ class Server:
         await self._handler.register(self.node.p2p)
         self._looking = [
             asyncio.create_task(self._load_average.keep_looking()),
-            asyncio.create_task(keep_looking(self._adapters, sources, config.adapter_scan_period)),
+            asyncio.create_task(keep_looking(self._adapters, self._sources, config.adapter_scan_period)),
         ]
         self._relayed = only_relayed(await self.node.addresses())
         self._state = ServerState.ONLINE
@@ -166,7 +167,7 @@ class Server:
         config = self.config
         assert self._engine is not None and self._announcer is not None
         return AdapterRegistry(
-            span.base_blocks(checkpoint.config, self.model.fingerprint),
+            span.base_blocks(checkpoint.config, self.model.fingerprint, most_bytes=config.adapter_memory),
             span.adapters,
             self._cache,
             self._engine,
@@ -211,11 +212,14 @@ class Server:
             max_batch_tokens=config.max_batch_tokens,
         )
         kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
-        for_adapters = config.adapter_memory if self._takes_adapters else 0
+        memory, label = usable_memory(device, config.max_memory), f"{checkpoint.name} in {kind}"
+        if self._takes_adapters:
+            memory = max(0, memory - config.adapter_memory)
+            label += f", beside {config.adapter_memory.human_readable(decimal=True)} for adapters (--adapter-memory),"
         return plan(
-            usable_memory(device, config.max_memory) - for_adapters,
+            memory,
             size,
-            f"{checkpoint.name} in {kind}",
+            label,
             fewest=asked or 1,
             most=asked or whole,
             cache_tokens=config.cache_tokens,

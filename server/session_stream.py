@@ -355,7 +355,9 @@ class SessionStream:
             await self._send(result, payload)
             self._push_failed(request.step, "the session's owner named no server after this one")
             return
-        push = request.model_copy(update={"hidden": meta, "sent_at": sent_at, "push": request.push - 1})
+        time_left = None if request.time_left is None else max(0, request.time_left - (sent_at - received_at))
+        changes = {"hidden": meta, "sent_at": sent_at, "push": request.push - 1, "time_left": time_left}
+        push = request.model_copy(update=changes)
         if len(payload) <= ONE_WRITE and self._link.is_clear:
             await self._link.send(push, payload)
             await self._send(result, payload)

@@ -52,10 +52,15 @@ class Span:
         """A sub-span of the model's blocks as indices into this span's blocks."""
         return span.start - self.blocks.start, span.end - self.blocks.start
 
-    def base_blocks(self, config: PretrainedConfig, fingerprint: str) -> BaseBlocks:
-        """These blocks, for those who turn files of adapters into what runs here. config: the whole model's."""
+    def base_blocks(self, config: PretrainedConfig, fingerprint: str, *, most_bytes: int | None = None) -> BaseBlocks:
+        """These blocks, for those who turn files of adapters into what runs here.
+
+        config: the whole model's. most_bytes: that one adapter may take; None: any number.
+        """
         blocks = getattr(self._model, self._architecture.blocks)
-        return BaseBlocks(blocks, self.blocks, self._architecture, config, fingerprint, self.device, self.dtype)
+        return BaseBlocks(
+            blocks, self.blocks, self._architecture, config, fingerprint, self.device, self.dtype, most_bytes
+        )
 
     @torch.inference_mode()
     def forward(self, hidden: torch.Tensor, chunks: list[RowChunk], cache: KVCache) -> torch.Tensor:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 #: Hex digits of an adapter's digest, see `swarm.data_structures.AdapterDigest`.
 DIGEST_DIGITS = 16
+#: Real configurations take kilobytes; AdaLoRA's rank pattern of a large model a few hundred of them.
+MAX_CONFIG_BYTES = 8_000_000
 #: Configuration and weights of every format, the first that is there counts; never a pickle.
 FORMATS: dict[str, tuple[str, ...]] = {
     "petswarm_adapter.json": ("adapter.safetensors",),

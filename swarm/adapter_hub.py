@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .adapter_files import FORMATS, choose_files, combined_digest
+from .adapter_files import FORMATS, MAX_CONFIG_BYTES, choose_files, combined_digest
 from .data_structures import AdapterRef
 from .errors import AdapterError, ModelNotFound
 from .fingerprint import file_sha256
@@ -27,6 +27,8 @@ def find_adapter(name: str, token: str | None = None) -> AdapterRef:
             wanted = " or ".join(f"{config} with {weights[0]}" for config, weights in FORMATS.items())
             raise AdapterError(f"{name} on the hub is no adapter: it has no {wanted}")
         config, weights = chosen
+        if files.size(config) > MAX_CONFIG_BYTES:
+            raise AdapterError(f"{config} of {name} has {files.size(config)} bytes: that is no configuration")
         digests = [file_sha256(files.path(config)), files.digest(weights)]
     except ModelNotFound as error:
         raise AdapterError(f"cannot find adapter {name!r} on the hub: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +20,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds for the hub to begin an answer
+#: A model's configuration takes kilobytes. Strangers choose which adapters a server looks up, so there is a limit.
+_MAX_NOTE_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Files of one commit of a hub model; they are downloaded into the hub library's own cache."""
+    """Files of one commit of a hub model; they are downloaded into the hub library's own cache.
+
+    sizes: in bytes, as the hub says; empty where it was not asked.
+    """
 
     api: HfApi
     model: str
     commit: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
     _headers: dict[str, Header] = field(default_factory=dict)
 
     def path(self, file: str) -> Path:
         with _hub_errors(self.model, file):
             return Path(self.api.hf_hub_download(self.model, file, revision=self.commit))
+
+    def size(self, file: str) -> int:
+        """Bytes; of a file whose size the hub does not say, known only once it is fetched."""
+        known = self.sizes.get(file)
+        return self.path(file).stat().st_size if known is None else known
 
     def header(self, file: str) -> Header:
         if file not in self._headers:
@@ -70,9 +81,11 @@ def find_on_hub(model: str, revision: str | None, token: str | None) -> tuple[Hu
             info = api.model_info(model, revision=revision, files_metadata=True, timeout=_TIMEOUT)
     except _HubUnreachable as error:
         commit, present = _downloaded(api, model, revision, error)
+        sizes: dict[str, int] = {}
     else:
         siblings = info.siblings or []
         commit, present = str(info.sha), {sibling.rfilename for sibling in siblings}
+        sizes = {sibling.rfilename: sibling.size for sibling in siblings if sibling.size is not None}
         remember(
             {
                 _hub_key(model, sibling.rfilename): sibling.lfs.sha256
@@ -81,11 +94,11 @@ def find_on_hub(model: str, revision: str | None, token: str | None) -> tuple[Hu
             },
             commit,
         )
-        if "config.json" in present:
+        if "config.json" in present and sizes.get("config.json", 0) <= _MAX_NOTE_BYTES:
             with _hub_errors(model, "config.json"):
                 # By revision, not by commit: only so the library notes which commit this is, for when the hub is away.
                 api.hf_hub_download(model, "config.json", revision=revision)
-    return HubFiles(api, model, commit), present
+    return HubFiles(api, model, commit, sizes), present
 
 
 def _downloaded(api: HfApi, model: str, revision: str | None, reason: _HubUnreachable) -> tuple[str, set[str]]:

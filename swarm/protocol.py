@@ -148,6 +148,8 @@ def check_rows(adapters: RowAdapters | None, num_rows: int) -> None:
         raise ProtocolError(f"adapters for {len(adapters.rows)} rows, but there are {num_rows}")
     if max(adapters.rows, default=-1) >= len(adapters.adapters):
         raise ProtocolError(f"a row has adapter {max(adapters.rows)}, but {len(adapters.adapters)} are named")
+    if unused := set(range(len(adapters.adapters))).difference(adapters.rows):  # they would be loaded and kept in vain
+        raise ProtocolError(f"no row has adapter {min(unused)}, of {len(adapters.adapters)} that are named")
     if len(set(adapters.adapters)) != len(adapters.adapters):
         raise ProtocolError("the same adapter is named twice")
 

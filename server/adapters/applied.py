@@ -90,11 +90,7 @@ class AppliedAdapters:
 
         cache: for its prefix; not needed for passes of whole rows. Raises CacheFull if a prefix finds no pages there.
         """
-        row = None
-        if forms.prefix is not None and cache is not None:
-            (row,) = cache.admit(1, forms.prefix.num_tokens, lasting=True)
-            cache.grow(row, forms.prefix.num_tokens)
-            cache.write(row, forms.prefix.keys, forms.prefix.values)
+        row = None if forms.prefix is None or cache is None else _stored(forms.prefix, cache)
         adapter = Adapter(forms, row)
         for index, block in enumerate(forms.blocks):
             for parts in (block.bottlenecks, block.linear, block.norms):
@@ -143,3 +139,15 @@ class AppliedAdapters:
                 self._present = {each.present: each.present for each in self._maps.values()}
         self._maps[key] = found
         return found
+
+
+def _stored(prefix: KeyValuePrefix, cache: KVCache) -> RowCache:
+    """Where a prefix lies from now on. Raises CacheFull."""
+    (row,) = cache.admit(1, prefix.num_tokens, lasting=True)
+    try:
+        cache.grow(row, prefix.num_tokens)
+        cache.write(row, prefix.keys, prefix.values)
+    except BaseException:
+        cache.release([row])
+        raise
+    return row

@@ -23,6 +23,7 @@ class BaseBlocks:
     """The blocks of a span as an importer sees them.
 
     fingerprint: of the base's weights. span: which blocks of the model these are, in the order of `blocks`.
+    most_bytes: that one adapter may take here; None: any number. Small files can stand for large ones.
     """
 
     blocks: nn.ModuleList
@@ -32,6 +33,7 @@ class BaseBlocks:
     fingerprint: str
     device: torch.device
     dtype: torch.dtype
+    most_bytes: int | None = None
 
     def module(self, block: int, path: str) -> nn.Module:
         """block: of the model, within `span`. Raises AdapterError if the block has no such module."""

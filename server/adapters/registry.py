@@ -22,11 +22,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from pydantic import ByteSize
 
+from swarm.adapter_hub import is_hub_name
 from swarm.data_structures import MAX_ANNOUNCED_ADAPTERS, AdapterInfo
-from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError
+from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError, SwarmError
 from swarm.protocol import AdapterRef, RowAdapters
 
 from ..kv_cache import KVCache
+from ..recovery import is_out_of_memory
 from .applied import Adapter, AppliedAdapters
 from .base import BaseBlocks
 from .forms import AdapterForms
@@ -56,6 +58,7 @@ class _Place(NamedTuple):
 
     folder: Path
     shelf: Path | None
+    from_hub: bool = False
 
 
 @dataclass(eq=False)
@@ -184,9 +187,11 @@ class AdapterRegistry:
             action = partial(fetch, name, self._max_adapter_bytes)
             threading.Thread(target=_settle, args=(done, action), name="adapter of the hub", daemon=True).start()
             folder = await asyncio.wrap_future(done)
-        await self.register(name, folder)
+        await self.register(name, folder, from_hub=True)
 
-    async def register(self, name: str, folder: Path, *, shelf: Path | None = None, try_first: bool = False) -> None:
+    async def register(
+        self, name: str, folder: Path, *, shelf: Path | None = None, from_hub: bool = False, try_first: bool = False
+    ) -> None:
         """Make an adapter available. Raises AdapterError for files that cannot be one, or are too large, for an adapter
         that turned out to be of no use here, and for a name that is none, or that another one from elsewhere has.
 
@@ -212,14 +217,14 @@ class AdapterRegistry:
         known = self._by_name.get(name)
         if known is not None and known.manifest.digest == manifest.digest:
             if known.names[name].shelf == shelf:
-                known.names[name] = _Place(folder, shelf)
+                known.names[name] = _Place(folder, shelf, from_hub)
             return
         if known is not None and known.names[name].shelf != shelf:
             raise AdapterError(f"another adapter is called {name!r} already, the one in {known.names[name].folder}")
         if known is not None:
             self.unregister(name)
         entry = self._by_digest.setdefault(manifest.digest, _Entry(manifest))
-        entry.names[name] = _Place(folder, shelf)
+        entry.names[name] = _Place(folder, shelf, from_hub)
         self._by_name[name] = entry
         logger.info("adapter %s: %s, %s", name, manifest.kind, manifest.digest)
         self._on_change()
@@ -269,8 +274,11 @@ class AdapterRegistry:
         return entry.loaded
 
     async def _find(self, ref: AdapterRef) -> _Entry:
-        if ref.name not in self._by_name and "/" in ref.name:
+        known = self._by_name.get(ref.name)
+        if known is None and is_hub_name(ref.name):
             await self.fetch(ref.name)
+        elif known is not None and known.manifest.digest != ref.digest and known.names[ref.name].from_hub:
+            await self.fetch(ref.name)  # the hub may have news of it
         entry = self._by_name.get(ref.name)
         if entry is None:
             raise AdapterNotHere(f"this server has no adapter {ref.name!r}")
@@ -321,13 +329,15 @@ class AdapterRegistry:
                 self.complain(other, error)
                 self.unregister(other)
             raise AdapterError(f"adapter {name!r} cannot be used: {error}") from error
-        except (
-            RuntimeError,
-            MemoryError,
-            OSError,
-        ) as error:  # the device's or this machine's trouble, out of memory mostly
-            logger.warning("adapter %s could not be loaded", name, exc_info=error)
-            raise EngineError(f"adapter {name!r} could not be loaded: {type(error).__name__}: {error}") from error
+        except SwarmError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise CacheFull(
+                    f"no memory is left to load adapter {name!r}; use another server, or try again later"
+                ) from error
+            logger.warning("loading adapter %s failed", name, exc_info=error)
+            raise EngineError(f"loading adapter {name!r} failed: {type(error).__name__}: {error}") from error
         finally:
             entry.loading = None
             if not entry.names and not entry.users:  # nobody waited for it

@@ -360,6 +360,20 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[SwarmError], str]] = {
 }
 
 
+async def test_adapters_that_take_too_long_to_load(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a hub that hangs, say."""
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(door.handler, "pass_timeout", 0.01)
+        patch.setattr(door.handler.adapters, "lease", never)
+        connection = await door.connect()
+        await connection.send(request(adapters=RowAdapters((FRENCH,), (0, -1))))
+        await connection.expect_error(AdapterNotHere, "were not loaded within 0.01 s")
+
+
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 async def test_a_request_that_is_refused(door: Door, name: str) -> None:
     changes, error, text = BAD_REQUESTS[name]

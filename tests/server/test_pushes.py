@@ -169,6 +169,20 @@ async def test_the_next_server_may_be_opened_first(world: World, behind: World) 
     await first.expect_result(4)
 
 
+async def test_a_push_says_how_much_time_is_left_by_then(world: World, behind: World) -> None:
+    first, second = await open_chain(world, behind)
+    pushed: list[StepRequest] = []
+    stream = behind.handler.by_session[second.session_id]
+    accept = stream.accept
+    stream.accept = lambda request, *rest, **options: (pushed.append(request), accept(request, *rest, **options))
+    for time_left in (10**9, 1, None):
+        await first.send(*first.request(push=1, time_left=time_left))
+        await first.expect_result(1)
+        await second.expect(StepResult)
+    assert 0 < pushed[0].time_left < 10**9
+    assert [request.time_left for request in pushed[1:]] == [0, None]
+
+
 async def test_only_steps_that_ask_for_it_are_pushed(world: World, behind: World) -> None:
     first, second = await open_chain(world, behind)
     await first.step(3)

@@ -1,4 +1,4 @@
-"""A server whose engine dies leaves the swarm, instead of being announced and refusing every step."""
+"""A server that cannot serve says so at its start; one whose engine dies leaves the swarm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.errors import EngineError
+from swarm.errors import EngineError, UsageError
 from swarm.server.config import ServerConfig
 from swarm.server.server import Server
 from swarm.server.tasks import RowWork, StepTask
@@ -33,3 +33,21 @@ async def test_a_server_ends_with_its_engine(tiny_llama_folder: Path, monkeypatc
     with pytest.raises(EngineError):
         future.result(timeout=10)
     assert server.node._stopped is not None
+
+
+async def test_a_folder_of_adapters_that_is_not_there_is_known_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Neither is the model, which is found out later."""
+    server = Server(ServerConfig(model=str(tmp_path / "model"), adapters=(str(tmp_path / "adapters"),)))
+    with pytest.raises(UsageError, match=r"--adapters .*: there is no folder"):
+        await server.start()
+
+
+async def test_memory_that_adapters_do_not_leave(tiny_llama_folder: Path) -> None:
+    config = ServerConfig(
+        model=str(tiny_llama_folder),
+        host_maddrs=("/ip4/127.0.0.1/tcp/0",),
+        max_memory="500MB",  # type: ignore[arg-type]
+        adapters_from_hub=True,
+    )
+    with pytest.raises(UsageError, match=r"beside 1\.1GB for adapters \(--adapter-memory\),.* but 0B of memory"):
+        await Server(config).start()

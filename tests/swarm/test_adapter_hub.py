@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.adapter_files import adapter_digest, choose_files
+from swarm.adapter_files import MAX_CONFIG_BYTES, adapter_digest, choose_files
 from swarm.adapter_hub import find_adapter, is_hub_name
 from swarm.errors import AdapterError, ModelNotFound
 from swarm.protocol import AdapterRef
@@ -20,6 +20,9 @@ class HubFiles:
     def path(self, file: str) -> Path:
         assert file.endswith(".json"), "weights need not be fetched"
         return self.folder / file
+
+    def size(self, file: str) -> int:
+        return (self.folder / file).stat().st_size
 
     def digest(self, file: str) -> str:
         return hashlib.sha256((self.folder / file).read_bytes()).hexdigest()
@@ -52,6 +55,14 @@ def test_a_pickle_is_no_adapter(hub: Path) -> None:
     with pytest.raises(
         AdapterError, match=r"org/french on the hub is no adapter: it has no petswarm_adapter.json with "
     ):
+        find_adapter("org/french")
+
+
+def test_a_huge_configuration_is_not_fetched(hub: Path) -> None:
+    with (hub / "adapter_config.json").open("wb") as file:
+        file.truncate(MAX_CONFIG_BYTES + 1)
+    (hub / "adapter_model.safetensors").touch()
+    with pytest.raises(AdapterError, match=r"adapter_config\.json of org/french has 8000001 bytes"):
         find_adapter("org/french")
 
 

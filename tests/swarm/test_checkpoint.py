@@ -21,6 +21,7 @@ from swarm.cache_folder import cache_folder
 from swarm.checkpoint import open_checkpoint
 from swarm.errors import ModelNotFound, NotSupported
 from swarm.fingerprint import combine, file_sha256
+from swarm.hub import find_on_hub
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -555,6 +556,21 @@ def test_weights_that_the_hub_keeps_no_hash_of_are_hashed_here(folder, use_hub, 
 
     monkeypatch.setattr(HubHandler, "listing", without_hashes)
     assert open_checkpoint("org/tiny").fingerprint() == open_checkpoint(str(folder)).fingerprint()
+
+
+def test_sizes_are_known_before_anything_is_fetched(tmp_path, use_hub):
+    """Whoever names something on the hub may have put anything there."""
+    (tmp_path / "adapter").mkdir()
+    for name, size in (("config.json", 8_000_001), ("adapter_config.json", 7), ("adapter_model.safetensors", 9)):
+        (tmp_path / "adapter" / name).write_bytes(bytes(size))
+    hub = use_hub(tmp_path / "adapter")
+    files, present = find_on_hub("org/tiny", None, None)
+    assert {name: files.size(name) for name in present} == {
+        "config.json": 8_000_001,
+        "adapter_config.json": 7,
+        "adapter_model.safetensors": 9,
+    }
+    assert hub.downloads() == {"tiny"}  # the list
 
 
 def test_a_model_used_before_works_while_the_hub_is_away(sharded, use_hub, monkeypatch, caplog):

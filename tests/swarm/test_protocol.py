@@ -309,6 +309,7 @@ def test_rows_without_adapters_need_no_words() -> None:
         (RowAdapters((FRENCH,), (0, 1)), "a row has adapter 1, but 1 are named"),
         (RowAdapters((), (0, -1)), "a row has adapter 0, but 0 are named"),
         (RowAdapters((FRENCH, FRENCH), (0, 1)), "named twice"),
+        (RowAdapters((FRENCH, GERMAN), (0, -1)), "no row has adapter 1, of 2 that are named"),
     ],
 )
 def test_adapters_that_do_not_fit_the_rows_are_refused(adapters: RowAdapters, complaint: str) -> None:

@@ -31,6 +31,7 @@ def import_prefix(
         raise AdapterError(f"{label}: a row sees AdapterHub's prefixes beyond the sliding window that this model has")
     heads, head_dim = attention_sizes(base)
     width = total * 2 * heads * head_dim
+    builder.reserve(tokens * width * base.dtype.itemsize * len(base.span) // total)
     inside = f"prefix_tuning.prefix_tunings.{settings.name}.{_LOCATION}."
     names = {name.removeprefix(base.architecture.base_prefix).removeprefix(inside): name for name in files.tensors}
     if method.flat:

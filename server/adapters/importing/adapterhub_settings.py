@@ -87,7 +87,8 @@ class PrefixMethodSettings(MethodSettings):
     WITHOUT_EFFECT = MethodSettings.WITHOUT_EFFECT | {"encoder_prefix", "cross_prefix", "shared_gating"}
 
     flat: bool = False
-    prefix_length: Size = 30
+    #: The network makes far more of each token than the file has.
+    prefix_length: Annotated[int, Field(ge=1, le=1024)] = 30
     bottleneck_size: Size = 512
     non_linearity: str = "tanh"
 

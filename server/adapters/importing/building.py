@@ -37,6 +37,17 @@ class FormsBuilder:
         self._bottlenecks: dict[int, dict[str, Bottleneck]] = defaultdict(dict)
         self._norms: dict[int, dict[str, NormForm]] = defaultdict(dict)
         self._prefix: KeyValuePrefix | None = None
+        self._reserved = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Before something is made that takes much more than the file that it comes from. Raises AdapterError if that,
+        together with what was reserved before, is more than the adapter may take."""
+        self._reserved += num_bytes
+        if self._base.most_bytes is not None and self._reserved > self._base.most_bytes:
+            raise AdapterError(
+                f"{self._label} takes more memory here than all that is for adapters ({self._base.most_bytes} bytes, "
+                "--adapter-memory)"
+            )
 
     def linear(self, block: int, path: str) -> LinearParts:
         """The parts of one linear layer, to be filled in; AdapterError if there is no such layer."""

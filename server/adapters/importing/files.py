@@ -12,11 +12,9 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from swarm.adapter_files import FORMATS
+from swarm.adapter_files import FORMATS, MAX_CONFIG_BYTES
 from swarm.errors import AdapterError
 
-#: Real configurations take kilobytes; AdaLoRA's rank pattern of a large model a few hundred of them.
-_MAX_CONFIG_BYTES = 8_000_000
 _PICKLES = ("adapter_model.bin", "pytorch_adapter.bin", "pytorch_model_head.bin")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -131,9 +129,9 @@ def _no_weights(folder: Path, weights_names: Sequence[str], label: str) -> str:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
             raise AdapterError(
-                f"{path.name} is larger than {_MAX_CONFIG_BYTES} bytes: that is no adapter's configuration"
+                f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes: that is no adapter's configuration"
             )
         contents = json.loads(path.read_bytes())
     except OSError as error:

@@ -218,7 +218,9 @@ class _Module:
             if parts.sparse is not None:
                 raise AdapterError(f"{self.files.label} has both a mask and sparse differences for {what}")
             packed = self.files.whole(self.names["mask"], [outputs, -(-inputs // 8)], ["U8"])
-            off = (~unpack_bits(packed, inputs)).flatten().nonzero().flatten()
+            switched_off = ~unpack_bits(packed, inputs)
+            self.builder.reserve(8 * int(switched_off.sum()))  # an index and a value for each bit
+            off = switched_off.flatten().nonzero().flatten()
             weight = base_weight(layer).cpu().flatten()
             parts.sparse = sparse_of(off, -weight[off], outputs, inputs, what)
 

@@ -12,12 +12,14 @@ import torch
 from dense_adapters import apply_forms
 from made_forms import Maker
 
+from swarm.errors import CacheFull
 from swarm.server.adapters import groups
 from swarm.server.adapters.applied import Adapter, AppliedAdapters
-from swarm.server.adapters.forms import AdapterForms, BlockForms, Bottleneck, LinearForm, LowRank
+from swarm.server.adapters.forms import AdapterForms, BlockForms, Bottleneck, KeyValuePrefix, LinearForm, LowRank
 from swarm.server.batch import WholeRows
+from swarm.server.kv_cache import KVCache
 
-Replay = Span = KVCache = Any  # see conftest.py
+Replay = Span = Any  # see conftest.py
 
 CPU = torch.device("cpu")
 
@@ -156,6 +158,25 @@ def test_a_prefix_is_written_once_and_read_by_all_its_rows(rows: Rows, cache: KV
     rows.replay.run((first, 4), (second, 3))
     rows.replay.run((second, 1))
     assert len(first.row.pages) == len(second.row.pages) == 1
+
+
+def test_a_prefix_for_which_an_overcommitted_cache_has_no_page() -> None:
+    applied, cache = AppliedAdapters([torch.nn.Module()], CPU), KVCache(1, 16, 4, CPU, torch.float32, overcommit=3.0)
+    forms = AdapterForms([BlockForms()], KeyValuePrefix(torch.ones(1, 1, 8, 2), torch.ones(1, 1, 8, 2)))
+    sessions = [cache.admit(1, 8) for _ in range(2)]
+    for (row,) in sessions:
+        cache.grow(row, 8)
+    left = cache.tokens_left
+    with pytest.raises(CacheFull, match="has room for 0 more tokens, but an adapter's prefix takes 1 x 8"):
+        applied.add(forms, cache)
+    assert cache.tokens_left == left
+    cache.release(sessions[0])
+    adapter = applied.add(forms, cache)
+    assert cache.tokens_left == 8  # whoever is evicted, nobody gets more
+    with pytest.raises(CacheFull, match="has room for 0 more tokens"):  # the other session may need what is left
+        cache.admit(1, 4, lasting=True)
+    applied.remove(adapter, cache)
+    assert cache.tokens_left == 16
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -612,3 +613,32 @@ def test_a_bottleneck_where_no_hidden_states_are(refused: Callable[..., None], p
 )
 def test_a_prefix_of_the_own_format(refused: Callable[..., None], shape: tuple[int, ...], words: str) -> None:
     refused(OWN, OWN_CONFIG, {"prefix.keys": torch.ones(shape), "prefix.values": torch.ones(shape)}, words)
+
+
+# --- small files that stand for large adapters ------------------------------------------------------------------------
+
+
+def test_a_mask_that_takes_more_than_there_is_for_adapters(tmp_path: Path, tiny_model: Any) -> None:
+    """A bit of the file becomes eight bytes."""
+    tensors = {f"blocks.{block}.mlp.up_proj.mask": torch.zeros(128, 8, dtype=torch.uint8) for block in range(8)}
+    folder = write(tmp_path / "mask", OWN, OWN_CONFIG, tensors)
+    size = import_adapter(folder, plain_base(tiny_model)).nbytes
+    assert size > 50 * (folder / OWN[1]).stat().st_size
+    import_adapter(folder, replace(plain_base(tiny_model), most_bytes=size))
+    with pytest.raises(AdapterError, match=rf"all that is for adapters \({size - 1} bytes, --adapter-memory\)"):
+        import_adapter(folder, replace(plain_base(tiny_model), most_bytes=size - 1))
+
+
+def test_a_prefix_that_takes_more_than_there_is_for_adapters(tmp_path: Path, tiny_model: Any) -> None:
+    """Nothing is computed before that is known."""
+    config = hub() | {"config": {"architecture": "prefix_tuning", "prefix_length": 1000}}
+    folder = write(tmp_path / "prefix", HUB, config, {"unread": torch.ones(1)})
+    with pytest.raises(AdapterError, match="takes more memory here than all that is for adapters"):
+        import_adapter(folder, replace(plain_base(tiny_model), most_bytes=2**20))
+
+
+def test_a_prefix_of_too_many_tokens(tmp_path: Path) -> None:
+    config = hub() | {"config": {"architecture": "prefix_tuning", "prefix_length": 1025}}
+    folder = write(tmp_path / "prefix", HUB, config, {"unread": torch.ones(1)})
+    with pytest.raises(AdapterError, match="is not valid: prefix_length: Input should be less than or equal to 1024"):
+        read_manifest(folder)

@@ -459,6 +459,13 @@ async def test_an_engine_that_ends_while_an_adapter_is_put_in(fake: Fixture, tmp
         assert fake.registry.loaded_bytes == 100
 
 
+async def test_a_bug_becomes_one_clear_error(fake: Fixture, tmp_path: Path) -> None:
+    await register(fake, tmp_path, "a")
+    fake.engine.error = ValueError("a bug")
+    with pytest.raises(EngineError, match="loading adapter 'a' failed: ValueError: a bug"):
+        await fake.lease("a")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError("no memory"), OSError("no disk")])
 @pytest.mark.parametrize("where", ["import", "blocks"])
 async def test_trouble_that_is_not_the_adapters_fault(
@@ -678,6 +685,28 @@ async def test_an_adapter_of_the_hub_comes_when_it_is_asked_for(files: FakeFiles
         await fake.lease("local")
     with pytest.raises(AdapterNotHere, match="is another one"):
         await fake.lease(AdapterRef("org/b", "f" * 16))
+    fake.registry.close()
+
+
+async def test_an_adapter_that_changed_on_the_hub_is_fetched_anew(files: FakeFiles, tmp_path: Path) -> None:
+    contents = "old"
+
+    def fetch(name: str, max_bytes: int) -> Path:
+        return write(tmp_path / contents, contents)
+
+    fake = Fixture(files, fetch)
+    old, new = (AdapterRef("org/a", digest_of(each)) for each in ("old", "new"))
+    with await fake.lease(old):
+        contents = "new"
+        with await fake.lease(new):
+            assert [info.digest for info in fake.registry.infos] == [digest_of("new")]
+            assert len(fake.blocks.present) == 2  # who had the old one keeps it
+        with pytest.raises(AdapterNotHere, match="is another one"):
+            await fake.lease(old)
+    # What the operator put here under such a name stays.
+    await fake.registry.register("org/mine", write(tmp_path / "mine"))
+    with pytest.raises(AdapterNotHere, match="is another one"):
+        await fake.lease(AdapterRef("org/mine", digest_of("new")))
     fake.registry.close()
 
 
