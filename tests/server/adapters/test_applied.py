@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -223,6 +225,30 @@ def _plain_pass(model: Any, row: torch.Tensor, weights: torch.Tensor, form: Any)
 
 def _assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_deep_prompts_go_to_the_first_tokens_of_rows_behind_a_prefix(tiny_span: Span, forms: dict[str, Any]) -> None:
+    adapter = tiny_span.adapters.add(forms["prefix"])
+    chance = torch.Generator().manual_seed(3)
+    hidden, prompts = torch.randn(7, 64, generator=chance), torch.randn(3, 64, generator=chance)
+    plain = WholeRows([4, 3], CPU).add_prompts(hidden, prompts)
+    assert not torch.equal(plain, hidden)
+    assert torch.equal(WholeRows([4, 3], CPU, [adapter, None]).add_prompts(hidden, prompts), plain)
+    tiny_span.adapters.remove(adapter)
+
+
+def test_of_an_adapter_that_was_removed_nothing_is_kept(tiny_span: Span, forms: dict[str, Any]) -> None:
+    kept = tiny_span.adapters.add(forms["another rank"])
+    gone = tiny_span.adapters.add(forms["low rank"])
+    batch = WholeRows([2, 2], CPU, [kept, gone])
+    with torch.inference_mode():
+        tiny_span.run_whole(torch.ones(4, 64), batch, 0)
+    reference = weakref.ref(gone)
+    tiny_span.adapters.remove(gone)
+    del gone, batch
+    gc.collect()
+    assert reference() is None
+    tiny_span.adapters.remove(kept)
 
 
 def test_a_batch_for_which_memory_runs_out_costs_the_next_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
