@@ -119,7 +119,7 @@ def users(tiny_llama_folder: Path) -> Iterator[Users]:
 @pytest.mark.parametrize("count", [4 * WAVE, pytest.param(1000, marks=pytest.mark.slow)])
 def test_sessions_leave_nothing_behind(users: Users, count: int) -> None:
     left = users.tokens_left()
-    users.come_and_go(max(2 * WAVE, count // 10))  # warms up
+    users.come_and_go(max(4 * WAVE, count // 10))  # warms up: compiled products, pages of allocators
     users.wait_for(left)
     memory = users.memory()
     users.come_and_go(count)

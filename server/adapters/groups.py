@@ -37,6 +37,12 @@ _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+#: A pool may have so many slots, or so many times those of a batch, before members that are idle make room for
+#: newcomers: a larger pool saves copying them back and forth.
+FEW = 8
+IDLE_TO_NEEDED = 4
+
+
 class Group(Generic[Form]):
     """The members of a form at one module. For one thread."""
 
@@ -46,6 +52,7 @@ class Group(Generic[Form]):
     def __init__(self) -> None:
         self._slots: dict[Hashable, int] = {}  # least recently used first
         self.num_slots = 0
+        self.num_changes = 0  # of who is in the pool
         self._lent = False  # a backward pass that is to come reads the pool as it is
 
     @property
@@ -64,11 +71,17 @@ class Group(Generic[Form]):
             self._copy_pool()
             self._lent = False
         for adapter in newcomers:
+            self.num_changes += 1
             self._changed()
             slot = self._free_slot(forms)
             self._put(slot, forms[adapter])
             self._slots[adapter] = slot  # now that it is there: memory may run out on the way
         return tuple(sorted(((adapter, self._slots[adapter]) for adapter in forms), key=itemgetter(1)))
+
+    @property
+    def used_slots(self) -> int:
+        """Those behind them are free."""
+        return max(self._slots.values(), default=-1) + 1
 
     def forget(self, adapter: Hashable) -> bool:
         """The adapter is gone; its slot is free. True if nobody is left."""
@@ -81,7 +94,7 @@ class Group(Generic[Form]):
             if slot not in taken:
                 return slot
         idle = [adapter for adapter in self._slots if adapter not in needed]
-        if 2 * len(idle) > len(self._slots):  # else a pool that is a little larger saves copying them back and forth
+        if len(self._slots) >= max(FEW, IDLE_TO_NEEDED * len(needed)):
             return self._slots.pop(idle[0])
         first, num_slots = max(self.num_slots, self.first_slot), max(self.first_slot + 1, 2 * self.num_slots)
         self._grow(num_slots)
@@ -186,7 +199,7 @@ class TwoProducts(Products[LowRank | Bottleneck]):
 
     def products(self, input: torch.Tensor, tokens: TokenMap, members: Members) -> Iterator[Product]:
         self._lend()
-        arranged = tokens.arrange(members, self.num_slots)
+        arranged = tokens.arrange(members, self.used_slots)
         if (padded := arranged.padded) is not None:
             inner = torch.bmm(padded.put(input), padded.of(self.down).transpose(1, 2))
             if self._biases is not None:
@@ -248,8 +261,8 @@ class SparseProducts(Products[Sparse]):
 
     @property
     def nbytes(self) -> int:
-        matrices = [matrix for matrix in (self._together, *self._matrices) if matrix is not None]
-        return sum(matrix.nbytes for matrix in matrices)
+        alone = sum(matrix.transposed_bytes for matrix in self._matrices if matrix is not None)
+        return alone + (0 if self._together is None else self._together.nbytes)
 
     @property
     def work(self) -> Work:
@@ -276,12 +289,12 @@ class SparseProducts(Products[Sparse]):
         self._together = None
 
     def products(self, input: torch.Tensor, tokens: TokenMap, members: Members) -> Iterator[Product]:
-        arranged = tokens.arrange(members, self.num_slots, all_slots=True)
+        arranged = tokens.arrange(members, self.used_slots, gathers=False)
         if (padded := arranged.padded) is not None:
             if self._together is None:
-                self._together = _SparseMatrix(self._forms, self._out, self._in)
+                self._together = _SparseMatrix(self._forms[: padded.num_slots], self._out, self._in)
             columns = padded.put(input).transpose(1, 2).reshape(-1, padded.width)
-            product = self._together.product(columns).view(self.num_slots, self._out, padded.width)
+            product = self._together.product(columns).view(padded.num_slots, self._out, padded.width)
             yield padded.tokens, padded.take(product.transpose(1, 2))
         for slot, where in arranged.long:
             yield where, self._alone(slot).product(input[where].t()).t()
@@ -298,6 +311,11 @@ class _SparseMatrix:
 
     @torch.inference_mode(False)
     def __init__(self, blocks: Sequence[Sparse | None], out_features: int, in_features: int):
+        self._transposed: torch.Tensor | None = None
+        shape = len(blocks) * out_features, len(blocks) * in_features
+        if len(blocks) == 1 and (only := blocks[0]) is not None:  # its own tensors, not a copy
+            self._matrix = _compressed(only.starts, only.columns, only.values, shape)
+            return
         device = next(block.starts.device for block in blocks if block is not None)
         starts, columns, values, entries = [torch.zeros(1, dtype=torch.int32, device=device)], [], [], 0
         for number, block in enumerate(blocks):
@@ -308,20 +326,23 @@ class _SparseMatrix:
                 columns.append(block.columns + number * in_features if number else block.columns)
                 values.append(block.values)
                 entries += len(block.values)
-        shape = len(blocks) * out_features, len(blocks) * in_features
         self._matrix = _compressed(torch.cat(starts), torch.cat(columns), torch.cat(values), shape)
-        self._transposed: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        matrices = [matrix for matrix in (self._matrix, self._transposed) if matrix is not None]
-        return sum(part.nbytes for matrix in matrices for part in _parts_of(matrix))
+        return self.transposed_bytes + sum(part.nbytes for part in _parts_of(self._matrix))
+
+    @property
+    def transposed_bytes(self) -> int:
+        return 0 if self._transposed is None else sum(part.nbytes for part in _parts_of(self._transposed))
 
     def product(self, columns: torch.Tensor) -> torch.Tensor:
         """[all in_features, n] -> [all out_features, n]"""
         if torch.is_grad_enabled() and columns.requires_grad:
             product: torch.Tensor = _SparseProduct.apply(columns, self)
             return product
+        if columns.shape[1] == 1:  # the product with a vector takes less than with a matrix of one column
+            return (self._matrix @ columns[:, 0].float()).to(columns.dtype)[:, None]
         return (self._matrix @ columns.float()).to(columns.dtype)
 
     def backward_product(self, gradient: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,10 @@ from .tokens import TokenMap
 SiteForm = TypeVar("SiteForm", LinearForm, Bottleneck, NormForm)
 
 
+#: Plans that a site keeps: batches of decoding rows with and without a prompt beside them take turns.
+MAX_PLANS = 16
+
+
 class ActiveBatch:
     """What the sites know of the batch that runs; `tokens` is None while none of its rows has an adapter."""
 
@@ -38,8 +42,8 @@ class Site(Generic[SiteForm]):
         self._module = module
         self._forms: dict[Hashable, SiteForm] = {}
         self._groups: dict[Hashable, Group[Any]] = {}
-        self._planned_for: frozenset[Hashable] | None = None
-        self._plan: Plan | None = None
+        #: by who is present; void when the members of a pool change
+        self._plans: dict[frozenset[Hashable], Plan | None] = {}
         outer = _site_around(module)
         if isinstance(outer, BottleneckSite):  # which reads what this one makes of the module's output
             self._plain: Callable[..., Any] = outer._plain
@@ -66,32 +70,47 @@ class Site(Generic[SiteForm]):
 
     def add(self, adapter: Hashable, form: SiteForm) -> None:
         self._forms[adapter] = form
-        self._planned_for = None
+        self._plans.clear()
 
     def plan_anew(self) -> None:
         """The order of operations changed."""
-        self._planned_for = None
+        self._plans.clear()
 
     def forget(self, adapter: Hashable) -> bool:
         """True if nobody is left."""
         self._forms.pop(adapter, None)
         self._groups = {key: group for key, group in self._groups.items() if not group.forget(adapter)}
-        self._planned_for = self._plan = None  # which may name the adapter, and so keep its tensors
+        self._plans.clear()
         return not self._forms
 
     def _forward(self, *arguments: Any, **options: Any) -> Any:
         tokens = self._active.tokens
         if tokens is None:
             return self._plain(*arguments, **options)
-        if tokens.present is not self._planned_for:  # the same object as long as nobody joins or leaves
-            self._planned_for = None  # a plan that fails half made has taken slots from those of the old one
-            here = [adapter for adapter in tokens.present if adapter in self._forms]
-            with torch.inference_mode(False):
-                self._plan = self._make_plan({adapter: self._forms[adapter] for adapter in here}) if here else None
-            self._planned_for = tokens.present
-        if self._plan is None:
+        try:
+            plan = self._plans[tokens.present]
+        except KeyError:
+            plan = self._plan(tokens.present)
+        if plan is None:
             return self._plain(*arguments, **options)
-        return self._adapted(tokens, self._plan, *arguments, **options)
+        return self._adapted(tokens, plan, *arguments, **options)
+
+    def _plan(self, present: frozenset[Hashable]) -> Plan | None:
+        here = [adapter for adapter in present if adapter in self._forms]
+        before, plan = self._num_changes, None
+        try:
+            if here:
+                with torch.inference_mode(False):
+                    plan = self._make_plan({adapter: self._forms[adapter] for adapter in here})
+        finally:  # one that fails half made has taken slots from those of others, too
+            if self._num_changes != before or len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+        self._plans[present] = plan
+        return plan
+
+    @property
+    def _num_changes(self) -> int:
+        return sum(group.num_changes for group in self._groups.values())
 
     def _make_plan(self, forms: Mapping[Hashable, SiteForm]) -> Plan:
         """The operations for these adapters, which are those present."""
@@ -201,10 +220,11 @@ class LinearSite(Site[LinearForm]):
             streams.join(product for _, product in beside)
             for where, product in beside:
                 flat = add_rows(flat, where, product)
+        fixed = torch.is_grad_enabled()
         if (scale_out := plan.vector("scale_out", tokens)) is not None:
-            flat = flat * scale_out
+            flat = flat * scale_out if fixed else flat.mul_(scale_out)
         if (bias_out := plan.vector("bias_out", tokens)) is not None:
-            flat = flat + bias_out
+            flat = flat + bias_out if fixed else flat.add_(bias_out)
         return flat.view(*input.shape[:-1], -1)
 
 

@@ -17,8 +17,8 @@ class Padded:
     """Members with few tokens each, side by side in one batched product [slots, width, features].
 
     tokens: int64 [n], in the flattened batch, in the order of their places. slots: int64, those that take part, None
-    for all. num_slots: how many that are. width: tokens of the member that has most. places: int64 [n], in
-    [num_slots * width]; None where these are all places in order.
+    for the first `num_slots`. num_slots: how many that are. width: tokens of the member that has most. places: int64
+    [n], in [num_slots * width]; None where these are all places in order.
     """
 
     tokens: torch.Tensor
@@ -42,7 +42,7 @@ class Padded:
 
     def of(self, pool: torch.Tensor) -> torch.Tensor:
         """The slots of a pool [slots, ...] that take part."""
-        return pool if self.slots is None else pool.index_select(0, self.slots)
+        return pool[: self.num_slots] if self.slots is None else pool.index_select(0, self.slots)
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,20 @@ class TokenMap:
 
     @torch.inference_mode(False)  # what is kept must serve passes with gradients as well
     def arrange(
-        self, members: tuple[tuple[Hashable, int], ...], num_slots: int, *, all_slots: bool = False
+        self, members: tuple[tuple[Hashable, int], ...], num_slots: int, *, gathers: bool = True
     ) -> Arrangement:
-        """members: (adapter, slot) of those present, by slot. num_slots: of the group's pool.
+        """members: (adapter, slot) of those present, by slot. num_slots: how many of the group's pool are in use.
 
-        all_slots: all of them take part, also those of members that are not present.
+        gathers: a few slots can be taken out of the pool for a product; else few members get products of their own.
         """
-        key = members, num_slots, all_slots
+        key = members, num_slots, gathers
         if key not in self._arrangements:
             short = [member for member in members if self._sizes[member[0]] <= self._most_padded]
-            long = [
-                (slot, self._where(adapter)) for adapter, slot in members if self._sizes[adapter] > self._most_padded
-            ]
             # to gather most of a pool costs more than to multiply all of it
-            all_slots = all_slots or 2 * len(short) >= num_slots
+            all_slots = 2 * len(short) >= num_slots
+            if not all_slots and not gathers:
+                short = []
+            long = [(slot, self._where(adapter)) for adapter, slot in members if (adapter, slot) not in short]
             self._arrangements[key] = Arrangement(self._pad(short, num_slots, all_slots) if short else None, long)
         return self._arrangements[key]
 

@@ -249,11 +249,11 @@ def test_a_pool_whose_memory_ran_out_is_as_good_as_before(
 
 def test_who_was_used_least_recently_makes_room() -> None:
     pool = Pool("low rank")
-    pool.run([(seed, 1) for seed in range(4)])
+    pool.run([(seed, 1) for seed in range(8)])
     pool.run([(0, 1), (2, 1)])
-    pool.run([(4, 1)])
-    assert pool.group.num_slots == 4
-    assert pool.group._slots.keys() == {0, 2, 3, 4}
+    pool.run([(8, 1)])
+    assert pool.group.num_slots == 8
+    assert pool.group._slots.keys() == {0, 2, 3, 4, 5, 6, 7, 8}
 
 
 def test_vectors_are_neutral_where_a_row_has_none() -> None:
