@@ -92,18 +92,28 @@ async def look_through(registry: AdapterRegistry, source: Source, *, strict: boo
                 registry.unregister(name)
 
 
+async def look_again(registry: AdapterRegistry, source: Source) -> None:
+    """An adapter named at start that turned out to be gone, or another one, is available once its files can be read."""
+    assert source.name is not None and source.folder is not None
+    if source.name not in registry.names():
+        try:
+            await registry.register(source.name, source.folder, try_first=True)
+        except SwarmError as error:
+            registry.complain(source.name, error)
+
+
 async def keep_looking(registry: AdapterRegistry, sources: Sequence[Source], period: float) -> None:
-    """Look through folders of adapters once in `period` seconds, for ever."""
-    shelves = [source for source in sources if source.name is None]
-    while shelves:
+    """Look through folders of adapters, and for adapters that went away, once in `period` seconds, for ever."""
+    places = [source for source in sources if source.folder is not None]
+    while places:
         await asyncio.sleep(period)
-        for shelf in shelves:
+        for place in places:
             try:
-                await look_through(registry, shelf)
+                await (look_through if place.name is None else look_again)(registry, place)
             except OSError as error:
-                logger.warning("cannot look through %s: %s", shelf.folder, error)
+                logger.warning("cannot look through %s: %s", place.folder, error)
             except (RuntimeError, MemoryError):  # of one adapter, out of memory mostly: the next look may do better
-                logger.exception("cannot look through %s", shelf.folder)
+                logger.exception("cannot look through %s", place.folder)
 
 
 def _adapters_in(folder: Path) -> dict[str, Path]:

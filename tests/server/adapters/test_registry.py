@@ -26,7 +26,7 @@ from swarm.server.adapters.applied import Adapter
 from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix, LinearForm
 from swarm.server.adapters.importing import Manifest
 from swarm.server.adapters.registry import MAX_FETCHING, AdapterRegistry, Lease
-from swarm.server.adapters.sources import Source, keep_looking, look_through, register_all
+from swarm.server.adapters.sources import Source, keep_looking, look_again, look_through, register_all
 from swarm.server.kv_cache import KVCache
 
 LIMIT = 30.0  # seconds for what takes milliseconds on an idle machine
@@ -437,6 +437,23 @@ async def test_files_that_change_after_they_were_announced(fake: Fixture, tmp_pa
     write(tmp_path / "a")  # and back: it was the files' fault, not the adapter's
     await look_through(fake.registry, shelf)
     (await fake.lease("a")).release()
+
+
+async def test_an_adapter_named_at_start_whose_files_went_away_and_come_back(
+    fake: Fixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source("french", tmp_path / "a")
+    await fake.registry.register("french", write(tmp_path / "a"))
+    write(tmp_path / "a", "no manifest")
+    with pytest.raises(AdapterNotHere, match="files changed or went away"):
+        await fake.lease(ref("french", "a"))
+    for _ in range(2):
+        await look_again(fake.registry, source)
+    assert fake.announced == []
+    assert caplog.text.count("left out adapter french") == 2  # when it was asked for, and of the two looks one
+    write(tmp_path / "a", "new")
+    await look_again(fake.registry, source)
+    (await fake.lease(ref("french", "new"))).release()
 
 
 async def test_files_that_vanish_before_they_are_read(fake: Fixture, tmp_path: Path) -> None:
