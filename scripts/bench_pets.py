@@ -3,8 +3,9 @@
 All blocks of the model run as one span in this process. The tasks are of five kinds in turn (see `made_adapters`), the
 queries of random tasks, with lengths N(32, sigma), and all of them wait at once. The systems:
 
-- SeqS: a full model for each task, one task after the other. The copies would not fit, and cost the same time to run
-  whatever their numbers, so the plain base stands for each of them.
+- SeqS: a full model for each task, one task after the other. Full models cost the same time to run whatever their
+  numbers, so the plain base stands for each of them. Where they do not all fit into the memory, it is shown besides
+  with the time in which each of the others is loaded in its turn.
 - shared base, task by task: one base, its tasks one after the other.
 - fixed batches, ignoring adapters, two-pass: one base, batches of several tasks, formed without looking at costs, or by
   PetS' own scheduler.
@@ -30,6 +31,7 @@ from .pets_figures import (
     ONLINE,
     SEQS,
     TASK_BY_TASK,
+    Copies,
     add_memory,
     add_workload,
     draw,
@@ -134,6 +136,7 @@ def measure(
     from swarm.data_structures import BlockSpan
     from swarm.server.adapters.costs import profile
     from swarm.server.loader import load_span, loaded_bytes
+    from swarm.server.memory import usable_memory
     from swarm.tensors import DTYPES
 
     from .made_adapters import KINDS, made_adapter
@@ -170,8 +173,14 @@ def measure(
         )
 
     int8_bytes = loaded_bytes(load("int8"))
+    memory = usable_memory(torch.device(device), None)
+    started = time.perf_counter()
     span = load(base)
+    seconds_to_load = time.perf_counter() - started
     base_bytes = loaded_bytes(span)
+    copies = Copies(memory // base_bytes, seconds_to_load)
+    report.add("full models that fit into the memory", "tasks", [copies.fitting])
+    report.add("loading one, its file in the memory", "s", [seconds_to_load])
     progress("measuring costs")
     started = time.perf_counter()
     costs = profile(span, max_tokens)
@@ -205,7 +214,8 @@ def measure(
             choices.append(slowest)
             for system, timing in found.items():
                 timings.setdefault(system, []).append(timing)
-        add_workload(report, f"{num_tasks} tasks, sigma {sigma:g}", num_queries, timings, choices)
+        name, loading = f"{num_tasks} tasks, sigma {sigma:g}", copies.loading(num_tasks)
+        add_workload(report, name, num_queries, timings, choices, loading)
     kinds = {kind: made[number :: len(KINDS)] for number, kind in enumerate(KINDS)}
     add_memory(report, kinds, base_bytes, int8_bytes, pool_bytes)
     if plot is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,30 @@ CONTEXT = 32
 GIGABYTE = 1e9
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Full models of tasks: so many fit into the memory here, and each of the others is loaded in its turn."""
+
+    fitting: int
+    seconds_to_load: float
+
+    def loading(self, num_tasks: int) -> float:
+        """Seconds for those that do not fit."""
+        return self.seconds_to_load * max(0, num_tasks - self.fitting)
+
+
 def add_workload(
-    report: Report, workload: str, num_queries: int, timings: Mapping[str, Sequence[Timing]], choices: Sequence[float]
+    report: Report,
+    workload: str,
+    num_queries: int,
+    timings: Mapping[str, Sequence[Timing]],
+    choices: Sequence[float],
+    loading: float,
 ) -> None:
-    """Figures of every system on one workload, and how ours compare with the others. choices: the longest, seconds."""
+    """Figures of every system on one workload, and how ours compare with the others.
+
+    choices: the longest, seconds. loading: seconds in which SeqS loads models that do not fit into the memory.
+    """
     for system, runs in timings.items():
         name = f"{workload}, {system}"
         report.add(f"{name}: throughput", "queries/s", [num_queries / timing.total for timing in runs])
@@ -44,6 +65,11 @@ def add_workload(
     for ours in (JOINT, ONLINE):
         report.ratios[f"{workload}: {ours} / {SEQS}"] = speed[ours] / speed[SEQS]
         report.ratios[f"{workload}: {ours} / best other on the shared base"] = speed[ours] / best
+    if loading:
+        with_loading = [num_queries / (timing.total + loading) for timing in timings[SEQS]]
+        report.add(f"{workload}, {SEQS} that loads what does not fit: throughput", "queries/s", with_loading)
+        ratio = speed[ONLINE] / statistics.median(with_loading)
+        report.ratios[f"{workload}: {ONLINE} / {SEQS} that loads what does not fit"] = ratio
     report.add(
         f"{workload}, {ONLINE}: longest choice of a batch", "ms", [MILLISECONDS * longest for longest in choices]
     )

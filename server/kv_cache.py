@@ -154,7 +154,10 @@ class KVCache:
 
     def _largest_reservation(self) -> int:
         """Pages that one session may come to hold."""
-        reserved = (sum(self._pages_for(row.max_length) for row in session.rows) for session in self._sessions)
+        reserved = (
+            sum(self._pages_for(row.max_length) for row in session.rows if not row.released)
+            for session in self._sessions
+        )
         return max(reserved, default=0)
 
     def release(self, rows: Iterable[RowCache]) -> None:

@@ -37,8 +37,8 @@ class LowRank:
 class Sparse:
     """A matrix [out_features, in_features] with few entries, in compressed rows: what products are made of.
 
-    starts: int32 [out_features + 1], where each row's entries begin. columns: int32 [entries]. values: float32
-    [entries].
+    starts: int32 [out_features + 1], where each row's entries begin. columns: [entries], int16 where that suffices,
+    else int32. values: float32 [entries].
     """
 
     starts: torch.Tensor
@@ -52,13 +52,14 @@ class Sparse:
         """indices: whole numbers [entries], ascending, each output * in_features + input."""
         counts = torch.bincount(indices // in_features, minlength=out_features)
         starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        return cls(starts, (indices % in_features).to(torch.int32), values, out_features, in_features)
+        narrow = torch.int16 if in_features <= torch.iinfo(torch.int16).max else torch.int32
+        return cls(starts, (indices % in_features).to(narrow), values, out_features, in_features)
 
     @property
     def indices(self) -> torch.Tensor:
         """int32 [entries], as `of` takes them."""
         rows = torch.arange(self.out_features, dtype=torch.int32, device=self.columns.device)
-        return rows.repeat_interleave(self.starts.diff()) * self.in_features + self.columns
+        return rows.repeat_interleave(self.starts.diff()) * self.in_features + self.columns.to(torch.int32)
 
 
 @dataclass(frozen=True)

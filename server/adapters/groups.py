@@ -313,8 +313,8 @@ class _SparseMatrix:
     def __init__(self, blocks: Sequence[Sparse | None], out_features: int, in_features: int):
         self._transposed: torch.Tensor | None = None
         shape = len(blocks) * out_features, len(blocks) * in_features
-        if len(blocks) == 1 and (only := blocks[0]) is not None:  # its own tensors, not a copy
-            self._matrix = _compressed(only.starts, only.columns, only.values, shape)
+        if len(blocks) == 1 and (only := blocks[0]) is not None:  # mostly its own tensors, not copies
+            self._matrix = _compressed(only.starts, only.columns.to(torch.int32), only.values, shape)
             return
         device = next(block.starts.device for block in blocks if block is not None)
         starts, columns, values, entries = [torch.zeros(1, dtype=torch.int32, device=device)], [], [], 0
@@ -323,7 +323,7 @@ class _SparseMatrix:
                 starts.append(starts[0].new_full((out_features,), entries))
             else:
                 starts.append(block.starts[1:] + entries)
-                columns.append(block.columns + number * in_features if number else block.columns)
+                columns.append(block.columns.to(torch.int32) + number * in_features)
                 values.append(block.values)
                 entries += len(block.values)
         self._matrix = _compressed(torch.cat(starts), torch.cat(columns), torch.cat(values), shape)

@@ -219,7 +219,7 @@ class _Module:
                 raise AdapterError(f"{self.files.label} has both a mask and sparse differences for {what}")
             packed = self.files.whole(self.names["mask"], [outputs, -(-inputs // 8)], ["U8"])
             switched_off = ~unpack_bits(packed, inputs)
-            self.builder.reserve(8 * int(switched_off.sum()))  # an index and a value for each bit
+            self.builder.reserve(8 * int(switched_off.sum()))  # at most: an index and a value for each bit
             off = switched_off.flatten().nonzero().flatten()
             weight = base_weight(layer).cpu().flatten()
             parts.sparse = sparse_of(off, -weight[off], outputs, inputs, what)

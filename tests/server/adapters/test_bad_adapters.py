@@ -619,12 +619,12 @@ def test_a_prefix_of_the_own_format(refused: Callable[..., None], shape: tuple[i
 
 
 def test_a_mask_that_takes_more_than_there_is_for_adapters(tmp_path: Path, tiny_model: Any) -> None:
-    """A bit of the file becomes eight bytes."""
+    """A bit of the file becomes up to eight bytes."""
     tensors = {f"blocks.{block}.mlp.up_proj.mask": torch.zeros(128, 8, dtype=torch.uint8) for block in range(8)}
     folder = write(tmp_path / "mask", OWN, OWN_CONFIG, tensors)
-    size = 8 * (8 * 128 * 64)
-    assert size > 50 * (folder / OWN[1]).stat().st_size
-    assert import_adapter(folder, replace(plain_base(tiny_model), most_bytes=size)).nbytes >= size
+    size = 8 * 8 * 128 * 64
+    assert size >= import_adapter(folder, plain_base(tiny_model)).nbytes > 40 * (folder / OWN[1]).stat().st_size
+    import_adapter(folder, replace(plain_base(tiny_model), most_bytes=size))
     with pytest.raises(AdapterError, match=rf"all that is for adapters \({size - 1} bytes, --adapter-memory\)"):
         import_adapter(folder, replace(plain_base(tiny_model), most_bytes=size - 1))
 
