@@ -124,28 +124,32 @@ def measure(
                 generations += [generate_remotely(remote, prompt, new_tokens) for remote in clients]
             check_tokens(generations)
             rounds.append(generations)
-    summarize(report, [name_of(chain) for chain in chains], rounds[1:])
+    summarize(report, chains, rounds[1:])
     return report
 
 
-def summarize(report: Report, names: Sequence[str], rounds: Sequence[Sequence[Generation]]) -> None:
-    """Turn rounds of (local, one server, several servers) into results and ratios. names: of the two chains."""
+def summarize(report: Report, chains: Sequence[Sequence[BlockSpan]], rounds: Sequence[Sequence[Generation]]) -> None:
+    """Turn rounds of (local, one server, several servers) into results and ratios. chains: of the two swarms.
+
+    How many servers there are is not taken from the times of a step: on a busy machine some of these come late.
+    """
+    names = [name_of(chain) for chain in chains]
     local, one, several = (list(column) for column in zip(*rounds, strict=True))
     for name, column in (("local", local), *zip(names, (one, several), strict=True)):
         report.add(f"{name}: decode", "tokens/s", [run.decode_speed for run in column])
         report.add(f"{name}: end to end", "tokens/s", [run.speed for run in column])
         report.add(f"{name}: first token", "s", [run.first for run in column])
         report.add(f"{name}: step", "ms", [run.step_time * MILLISECONDS for run in column])
-    for name, column in zip(names, (one, several), strict=True):
+    for name, chain, column in zip(names, chains, (one, several), strict=True):
         waited = [run.per_step(lambda hop: hop.waited) * MILLISECONDS for run in column]
         computed = [run.per_step(lambda hop: hop.computed) * MILLISECONDS for run in column]
         queued = [run.per_step(lambda hop: hop.queued) * MILLISECONDS for run in column]
         report.add(f"{name}: computed by servers", "ms", computed)
         report.add(f"{name}: queued at servers", "ms", queued)
         beyond = [whole - own for whole, own in zip(waited, computed, strict=True)]
-        report.add(f"{name}: beyond compute, each hop", "ms", [value / len(column[0].hops[0]) for value in beyond])
+        report.add(f"{name}: beyond compute, each hop", "ms", [value / len(chain) for value in beyond])
 
-    extra = len(several[0].hops[0]) - len(one[0].hops[0])
+    extra = len(chains[1]) - len(chains[0])
     report.add(
         "an extra hop, all of it",
         "ms",

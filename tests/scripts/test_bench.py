@@ -333,6 +333,9 @@ def test_a_bad_file_is_an_error_before_anything_is_measured(
     assert "cannot write" in capsys.readouterr().err
 
 
+CHAINS = even_spans(8, 1), even_spans(8, 3)
+
+
 def generation(first: float, rest: float, *chain: HopTimes) -> Generation:
     return Generation(tokens=[1, 2, 3], first=first, rest=rest, hops=[chain] * 2)
 
@@ -349,7 +352,7 @@ def test_what_a_hop_costs_beyond_its_compute() -> None:
     one = generation(0.1, 0.100, hop(0.043, queued=0.001, computed=0.040))
     three = generation(0.1, 0.124, *[hop(0.018, queued=0.0, computed=0.046 / 3)] * 3)
     report = Report("decode", settings={})
-    summarize(report, ["1 server", "3 servers"], [(local, one, three)] * 3)
+    summarize(report, CHAINS, [(local, one, three)] * 3)
     medians = {result.name: result.median for result in report.results}
     assert medians["local: decode"] == pytest.approx(2 / 0.08)
     assert medians["local: end to end"] == pytest.approx(3 / 0.18)
@@ -359,6 +362,17 @@ def test_what_a_hop_costs_beyond_its_compute() -> None:
     assert medians["an extra hop, all of it"] == pytest.approx(12 / 2)
     assert medians["an extra hop, beyond compute"] == pytest.approx((12 - 6) / 2)
     assert report.ratios["3 servers / local: decode"] == pytest.approx(0.08 / 0.124)
+
+
+def test_times_of_a_step_that_come_too_late_to_be_noted() -> None:
+    """How many servers there are is known without them."""
+    late = Generation(
+        tokens=[1, 2, 3], first=0.1, rest=0.124, hops=[[hop(0.02, 0.0, 0.01)], [hop(0.02, 0.0, 0.01)] * 3]
+    )
+    one = generation(0.1, 0.1, hop(0.043, queued=0.001, computed=0.040))
+    report = Report("decode", settings={})
+    summarize(report, CHAINS, [(generation(0.1, 0.08), one, late)])
+    assert report.medians["an extra hop, all of it"] == pytest.approx(12 / 2)
 
 
 def test_wrong_tokens_are_no_result() -> None:
