@@ -1,0 +1,282 @@
+"""Whether a server should leave its blocks for others: a pure decision over the records of all servers of a model.
+
+The rule of PETALS (NeurIPS'23, section 3.2) is: now and then a server works out what the swarm's throughput, that of
+its weakest block, would become if it rejoined at the best place and all others did so after it, until nobody wants to
+move any more; it moves if the swarm gains more than a threshold. There every server thinks of itself first, so those
+that decide on the same records all move, and the hole they leave is filled by moving back.
+
+Here all of them work out the same plan. `plan_moves` moves one server after another, each time the one whose move helps
+most, until the throughput has grown by `min_gain`; only the servers that come first in the plan move now, and each finds
+out by itself that it is one of them. So it does not matter how many decide at the same moment. What stays of the rule is
+what it optimises, that everybody else's moves count too, and the threshold, which is what keeps servers from moving to
+and fro for nothing.
+
+What helps most: the weakest blocks count, but where many are about as weak, one move cannot raise the minimum. So moves
+are compared by a smooth minimum, the sum over blocks of exp(-`sharpness` * throughput / fair share), where the fair share
+is the throughput of all blocks if the swarm's work could be spread evenly. It falls with each move and depends on
+nothing but where servers are: while nobody joins or leaves, no arrangement comes back.
+
+Two servers may see different records. So whoever decided to move announces that he drains, waits until others can have
+read it, reads the records again and asks `may_leave`. Two who must not both leave then both stay, and decide anew at
+different times.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swarm.data_structures import BlockSpan, ServerState
+
+from .cost import effective_throughput
+from .units import Booleans, Integers
+
+if TYPE_CHECKING:
+    from swarm.dht import ServerRecord
+
+Floats: TypeAlias = NDArray[np.float64]
+
+#: Moves that are tried in one plan, as a share of the servers, and at least so many. A plan that needs more to reach
+#: `min_gain` asks too much of too many.
+_PLAN_SHARE = 0.125
+_PLAN_LENGTH = 16
+#: A move has to lower the smooth minimum by this share: less is rounding.
+_LEAST_STEP = 1e-6
+
+
+@dataclass(frozen=True)
+class RebalancingPolicy:
+    """When moving pays.
+
+    min_gain: by which share the swarm's throughput has to grow.
+    max_moving: of the servers of a model, this share may be loading or draining at a time; one always may.
+    sharpness: how much more the weakest blocks count than others. Higher: only the minimum; lower: their average.
+    check_period: seconds between two decisions of a server, on average.
+    """
+
+    min_gain: float = 0.05
+    max_moving: float = 0.1
+    sharpness: float = 30.0
+    check_period: float = 120.0
+
+    def most_moving(self, num_servers: int) -> int:
+        """How many of so many servers may load or drain at a time."""
+        return max(1, int(self.max_moving * num_servers))
+
+    def next_check(self, rng: random.Random) -> float:
+        """Seconds until a server decides again: drawn anew each time, so that servers started together drift apart."""
+        return self.check_period * rng.uniform(0.5, 1.5)
+
+
+DEFAULT_POLICY = RebalancingPolicy()
+
+
+def should_move(
+    num_blocks: int,
+    records: Iterable[ServerRecord],
+    peer_id: str,
+    *,
+    staying: Collection[str] = frozenset(),
+    policy: RebalancingPolicy = DEFAULT_POLICY,
+) -> BlockSpan | None:
+    """The span, as long as its own, that this server should leave its blocks for now; None: it stays.
+
+    For the arguments see `plan_moves`; without an own record of state ONLINE a server stays.
+    """
+    return plan_moves(num_blocks, records, staying=staying, policy=policy).get(peer_id)
+
+
+def plan_moves(
+    num_blocks: int,
+    records: Iterable[ServerRecord],
+    *,
+    staying: Collection[str] = frozenset(),
+    policy: RebalancingPolicy = DEFAULT_POLICY,
+) -> dict[str, BlockSpan]:
+    """Who should move now, and where to, by peer id. Empty if moving does not pay, or enough servers are on the move.
+
+    Each of these moves, with or without the others and in any order, leaves every block that an online server holds
+    with one that neither moves nor drains nor loads, and lowers the swarm's throughput neither by itself nor together.
+    With loading servers counted as loaded and draining ones as rejoined, the throughput of the whole plan, of which
+    these are the first moves, is higher by more than `policy.min_gain`.
+
+    records: of all servers, at most one per peer (`snapshot.servers` will do), in any order. staying: peers that others
+    wait for in vain, see `Patience`.
+    """
+    swarm = _Swarm.read(num_blocks, records, staying)
+    budget = policy.most_moving(len(swarm.peer_ids)) - swarm.num_moving
+    if budget <= 0 or not swarm.movable.any():
+        return {}
+    swarm.rejoin(policy.sharpness)
+    before = float(swarm.throughputs().min())
+    wanted = (1 + policy.min_gain) * before
+    if swarm.fair_share <= wanted:
+        return {}
+    first = _first_moves(swarm, wanted, budget, policy.sharpness)
+    return {swarm.peer_ids[server]: swarm.span(server) for server in first}
+
+
+def may_leave(
+    num_blocks: int, records: Iterable[ServerRecord], peer_id: str, *, policy: RebalancingPolicy = DEFAULT_POLICY
+) -> bool:
+    """Whether a server that announced that it drains in order to move may now leave its blocks.
+
+    Others may have decided the same before they read that. If without all that drain some block of its own had no
+    holder, or if those that load and those that drain with a smaller peer id are enough, this one has to stay, and
+    announces that it is online.
+
+    records: read when everybody can have read this server's announcement. Without a record of its own nobody has: it
+    may not leave.
+    """
+    known = [record for record in records if record.info.span.end <= num_blocks]
+    own = next((record for record in known if record.peer_id == peer_id), None)
+    if own is None:
+        return False
+    moving = sum(
+        record.info.state is ServerState.JOINING
+        or (record.info.state is ServerState.DRAINING and record.peer_id < peer_id)
+        for record in known
+    )
+    present = sum(record.info.state is not ServerState.OFFLINE for record in known)
+    online = [one for one in known if one.info.state is ServerState.ONLINE and one.peer_id != peer_id]
+    held = {block for record in online for block in record.info.span.blocks()}
+    return moving < policy.most_moving(present) and held.issuperset(own.info.span.blocks())
+
+
+def _first_moves(swarm: _Swarm, wanted: float, budget: int, sharpness: float) -> list[int]:
+    """Moves servers within `swarm` until its throughput is above `wanted`. Those to move at once, none if it fails."""
+    first: list[int] | None = None
+    wave = _Wave(swarm)
+    for _ in range(max(_PLAN_LENGTH, int(_PLAN_SHARE * len(swarm.peer_ids)))):
+        server = wave.move_best(sharpness) if len(wave.moved) < budget else None
+        if server is None:
+            if not wave.moved:
+                break
+            first = first or wave.moved
+            wave = _Wave(swarm)
+        elif swarm.throughputs().min() > wanted:
+            return first or wave.moved
+    return []
+
+
+class _Swarm:
+    """The servers as columns, [servers], sorted by peer id; `start` changes as they are moved in thought.
+
+    online: 1 for those that serve now, which the others do not. movable: those of them that may be moved.
+    """
+
+    def __init__(self, num_blocks: int, records: Sequence[ServerRecord], staying: Collection[str]):
+        states = [record.info.state for record in records]
+        self.num_blocks = num_blocks
+        self.peer_ids = [record.peer_id for record in records]
+        self.start: Integers = np.array([record.info.span.start for record in records], dtype=np.int64)
+        self.length: Integers = np.array([len(record.info.span) for record in records], dtype=np.int64)
+        self.rate: Floats = np.array([effective_throughput(record.info) for record in records], dtype=np.float64)
+        self.online = np.array([state is ServerState.ONLINE for state in states], dtype=bool)
+        self.draining = np.array([state is ServerState.DRAINING for state in states], dtype=bool)
+        self.num_moving = len(records) - int(self.online.sum())
+        self.movable = self.online & (self.length < num_blocks)
+        self.movable &= np.array([peer_id not in staying for peer_id in self.peer_ids], dtype=bool)
+
+    @classmethod
+    def read(cls, num_blocks: int, records: Iterable[ServerRecord], staying: Collection[str]) -> _Swarm:
+        """Spans that lie outside the model are left out, as snapshots leave them out."""
+        present = (
+            record
+            for record in records
+            if record.info.state is not ServerState.OFFLINE and record.info.span.end <= num_blocks
+        )
+        return cls(num_blocks, sorted(present, key=lambda record: record.peer_id), staying)
+
+    @property
+    def fair_share(self) -> float:
+        """Tokens/s of every block if the work were spread evenly: no arrangement has a higher throughput."""
+        return float(self.rate @ self.length) / self.num_blocks
+
+    def span(self, server: int) -> BlockSpan:
+        start = int(self.start[server])
+        return BlockSpan(start=start, end=start + int(self.length[server]))
+
+    def holds(self) -> Booleans:
+        """Whether each server holds each block, [servers, blocks]."""
+        return self._within(self.start)
+
+    def throughputs(self, servers: Booleans | None = None) -> Floats:
+        """Tokens/s through each block, [blocks], of these servers together (default: all)."""
+        rate = self.rate if servers is None else self.rate * servers
+        throughputs: Floats = rate @ self.holds()
+        return throughputs
+
+    def rejoin(self, sharpness: float) -> None:
+        """Draining servers go, one after the other, where they help most: some of them only move."""
+        away = self.draining.copy()
+        for server in np.flatnonzero(self.draining).tolist():
+            weights = np.exp(-sharpness * self.throughputs(~away) / self.fair_share)
+            sums = np.concatenate(([0.0], np.cumsum(weights)))
+            length = int(self.length[server])
+            self.start[server] = int(np.argmax(sums[length:] - sums[: len(sums) - length]))
+            away[server] = False
+
+    def _within(self, start: Integers) -> Booleans:
+        blocks = np.arange(self.num_blocks)
+        return (start[:, None] <= blocks) & (blocks < (start + self.length)[:, None])
+
+
+class _Wave:
+    """Moves that may be made at once.
+
+    moved: the servers, in order. Whatever subset of them has moved, the throughput is at least what it was before.
+    """
+
+    def __init__(self, swarm: _Swarm):
+        self.moved: list[int] = []
+        self._swarm = swarm
+        self._holds = swarm.holds()  # before any of them moves
+        self._floor = swarm.throughputs()  # of those that do not move, and of those that do where they stay anyway
+        self._least = float(self._floor.min())
+        self._online = swarm.online.copy()  # servers that count as holders
+
+    def move_best(self, sharpness: float) -> int | None:
+        """Move the server that helps most; None if none may, or none helps."""
+        swarm = self._swarm
+        candidates = np.flatnonzero(self._may_leave())
+        if len(candidates) == 0:
+            return None
+        scale = sharpness / swarm.fair_share
+        rate, length = swarm.rate[candidates], swarm.length[candidates]
+        holds, throughputs = self._holds[candidates], swarm.throughputs()
+        without = throughputs - rate[:, None] * holds
+        weights = np.exp(-scale * np.maximum(without, 0.0))
+        starts = np.arange(swarm.num_blocks)
+        sums = np.concatenate((np.zeros((len(candidates), 1)), np.cumsum(weights, axis=1)), axis=1)
+        ends = np.minimum(starts + length[:, None], swarm.num_blocks)
+        windows = np.take_along_axis(sums, ends, axis=1) - sums[:, :-1]
+        windows[starts + length[:, None] > swarm.num_blocks] = -np.inf
+        best = np.argmax(windows, axis=1)
+        rows = np.arange(len(candidates))
+        smooth = sums[:, -1] + np.expm1(-scale * rate) * windows[rows, best]
+
+        blocks = (best[:, None] <= starts) & (starts < (best + length)[:, None])
+        floors = self._floor - rate[:, None] * (holds & ~blocks)
+        fits = floors.min(axis=1, where=holds & ~blocks, initial=np.inf) >= self._least * (1 - 1e-9)
+        smooth[~fits] = np.inf
+        chosen = int(np.argmin(smooth))
+        if smooth[chosen] >= np.exp(-scale * throughputs).sum() * (1 - _LEAST_STEP):
+            return None
+        server = int(candidates[chosen])
+        swarm.start[server] = best[chosen]
+        self._floor = floors[chosen]
+        self._online[server] = False
+        self.moved.append(server)
+        return server
+
+    def _may_leave(self) -> Booleans:
+        """Movable servers, each of whose blocks another one holds that is online and stays. [servers]"""
+        others = self._online.astype(np.int64) @ self._holds
+        lonely = self._holds & (others < 2)
+        return self._swarm.movable & self._online & ~lonely.any(axis=1)
