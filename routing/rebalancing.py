@@ -13,7 +13,7 @@ and fro for nothing.
 
 What helps most: the weakest blocks count, but where many are about as weak, one move cannot raise the minimum. So moves
 are compared by a smooth minimum, the sum over blocks of exp(-`sharpness` * throughput / fair share), where the fair share
-is the throughput of all blocks if the swarm's work could be spread evenly. It falls with each move and depends on
+is the throughput of all blocks if the swarm's work could be spread evenly. That sum falls with each move and depends on
 nothing but where servers are: while nobody joins or leaves, no arrangement comes back.
 
 Two servers may see different records. So whoever decided to move announces that he drains, waits until others can have
@@ -24,8 +24,10 @@ different times.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -41,12 +43,17 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = NDArray[np.float64]
 
-#: Moves that are tried in one plan, as a share of the servers, and at least so many. A plan that needs more to reach
-#: `min_gain` asks too much of too many.
-_PLAN_SHARE = 0.125
-_PLAN_LENGTH = 16
+#: Moves that are tried in one plan. One that needs more to reach `min_gain` asks too much of too many.
+_PLAN_LENGTH = 32
+#: After so many moves a plan that makes too little of its way is given up.
+_HOPELESS = 4
 #: A move has to lower the smooth minimum by this share: less is rounding.
 _LEAST_STEP = 1e-6
+
+
+#: A server that so many plans in a row named, and that did not move, is not waited for in so many plans after that.
+_WAITS = 5
+_IGNORED = 30
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,9 @@ class RebalancingPolicy:
     check_period: seconds between two decisions of a server, on average.
     """
 
-    min_gain: float = 0.05
+    min_gain: float = 0.02
     max_moving: float = 0.1
-    sharpness: float = 30.0
+    sharpness: float = 45.0
     check_period: float = 120.0
 
     def most_moving(self, num_servers: int) -> int:
@@ -91,6 +98,39 @@ def should_move(
     return plan_moves(num_blocks, records, staying=staying, policy=policy).get(peer_id)
 
 
+class Rebalancer:
+    """`should_move`, again and again, for one server, which does not wait for others for ever.
+
+    Some do not move when the plan says that they should: their owner chose their blocks, or they hang, or lie. Since
+    records do not tell that, whoever was named in `_WAITS` decisions in a row is taken to stay for the next `_IGNORED`.
+    """
+
+    def __init__(self, num_blocks: int, peer_id: str, policy: RebalancingPolicy = DEFAULT_POLICY):
+        self._num_blocks = num_blocks
+        self._peer_id = peer_id
+        self._policy = policy
+        self._named: Counter[str] = Counter()
+        self._ignored: dict[str, int] = {}  # how many decisions longer
+
+    @property
+    def staying(self) -> frozenset[str]:
+        """Peers that are not waited for in the next decision."""
+        return frozenset(self._ignored)
+
+    def decide(self, records: Iterable[ServerRecord]) -> BlockSpan | None:
+        """Where to move now, or None. records: see `plan_moves`; read just now."""
+        return self.follow(plan_moves(self._num_blocks, records, staying=self.staying, policy=self._policy))
+
+    def follow(self, plan: Mapping[str, BlockSpan]) -> BlockSpan | None:
+        """The same when `plan_moves`, with this `staying`, is known already."""
+        self._ignored = {peer_id: left - 1 for peer_id, left in self._ignored.items() if left > 1}
+        self._named = Counter({peer_id: self._named[peer_id] + 1 for peer_id in plan if peer_id != self._peer_id})
+        for peer_id in [peer_id for peer_id, times in self._named.items() if times >= _WAITS]:
+            del self._named[peer_id]
+            self._ignored[peer_id] = _IGNORED
+        return plan.get(self._peer_id)
+
+
 def plan_moves(
     num_blocks: int,
     records: Iterable[ServerRecord],
@@ -106,11 +146,11 @@ def plan_moves(
     these are the first moves, is higher by more than `policy.min_gain`.
 
     records: of all servers, at most one per peer (`snapshot.servers` will do), in any order. staying: peers that others
-    wait for in vain, see `Patience`.
+    wait for in vain, see `Rebalancer`.
     """
     swarm = _Swarm.read(num_blocks, records, staying)
     budget = policy.most_moving(len(swarm.peer_ids)) - swarm.num_moving
-    if budget <= 0 or not swarm.movable.any():
+    if budget <= 0 or not swarm.movable.any() or swarm.fair_share == 0:
         return {}
     swarm.rejoin(policy.sharpness)
     before = float(swarm.throughputs().min())
@@ -149,19 +189,32 @@ def may_leave(
 
 
 def _first_moves(swarm: _Swarm, wanted: float, budget: int, sharpness: float) -> list[int]:
-    """Moves servers within `swarm` until its throughput is above `wanted`. Those to move at once, none if it fails."""
-    first: list[int] | None = None
-    wave = _Wave(swarm)
-    for _ in range(max(_PLAN_LENGTH, int(_PLAN_SHARE * len(swarm.peer_ids)))):
+    """Moves servers within `swarm` until its throughput is above `wanted`. Those to move at once, none if it fails.
+
+    Moves that help most come first. So a plan that has removed less than its share of what is missing will fail. While
+    blocks have no server at all, every one that gets one is a gain.
+    """
+    first: list[int] = []
+    wave, number = _Wave(swarm), 0
+    throughputs = swarm.throughputs()
+    uncovered = int((throughputs == 0).sum())
+    missing = most_missing = float(np.maximum(wanted - throughputs, 0.0).sum())
+    while number < _PLAN_LENGTH and (
+        number < _HOPELESS or missing <= most_missing * (1 - number / _PLAN_LENGTH)
+    ):
         server = wave.move_best(sharpness) if len(wave.moved) < budget else None
-        if server is None:
-            if not wave.moved:
-                break
+        if server is not None:
+            number += 1
+            throughputs = swarm.throughputs()
+            if throughputs.min() > wanted:
+                return first or wave.moved
+            missing = float(np.maximum(wanted - throughputs, 0.0).sum())
+        elif wave.moved:
             first = first or wave.moved
             wave = _Wave(swarm)
-        elif swarm.throughputs().min() > wanted:
-            return first or wave.moved
-    return []
+        else:
+            break
+    return first or wave.moved if (swarm.throughputs() == 0).sum() < uncovered else []
 
 
 class _Swarm:
@@ -193,10 +246,19 @@ class _Swarm:
         )
         return cls(num_blocks, sorted(present, key=lambda record: record.peer_id), staying)
 
-    @property
+    @cached_property
     def fair_share(self) -> float:
-        """Tokens/s of every block if the work were spread evenly: no arrangement has a higher throughput."""
-        return float(self.rate @ self.length) / self.num_blocks
+        """Tokens/s of every block if the work were spread evenly: no arrangement has a higher throughput.
+
+        A server that is faster than that by itself counts as that fast, since the rest of its speed helps nobody. 0 if
+        there are too few servers for all blocks.
+        """
+        if self.length.sum() < self.num_blocks:
+            return 0.0
+        share, before = float(self.rate @ self.length) / self.num_blocks, np.inf
+        while share < before * (1 - _LEAST_STEP):
+            share, before = float(np.minimum(self.rate, share) @ self.length) / self.num_blocks, share
+        return share
 
     def span(self, server: int) -> BlockSpan:
         start = int(self.start[server])
@@ -236,7 +298,7 @@ class _Wave:
     def __init__(self, swarm: _Swarm):
         self.moved: list[int] = []
         self._swarm = swarm
-        self._holds = swarm.holds()  # before any of them moves
+        self._start, self._holds = swarm.start.copy(), swarm.holds()  # before any of them moves
         self._floor = swarm.throughputs()  # of those that do not move, and of those that do where they stay anyway
         self._least = float(self._floor.min())
         self._online = swarm.online.copy()  # servers that count as holders
@@ -256,27 +318,39 @@ class _Wave:
         sums = np.concatenate((np.zeros((len(candidates), 1)), np.cumsum(weights, axis=1)), axis=1)
         ends = np.minimum(starts + length[:, None], swarm.num_blocks)
         windows = np.take_along_axis(sums, ends, axis=1) - sums[:, :-1]
-        windows[starts + length[:, None] > swarm.num_blocks] = -np.inf
+        windows[~self._possible(candidates)] = -np.inf
         best = np.argmax(windows, axis=1)
-        rows = np.arange(len(candidates))
-        smooth = sums[:, -1] + np.expm1(-scale * rate) * windows[rows, best]
-
-        blocks = (best[:, None] <= starts) & (starts < (best + length)[:, None])
-        floors = self._floor - rate[:, None] * (holds & ~blocks)
-        fits = floors.min(axis=1, where=holds & ~blocks, initial=np.inf) >= self._least * (1 - 1e-9)
-        smooth[~fits] = np.inf
+        smooth = sums[:, -1] + np.expm1(-scale * rate) * windows[np.arange(len(candidates)), best]
         chosen = int(np.argmin(smooth))
         if smooth[chosen] >= np.exp(-scale * throughputs).sum() * (1 - _LEAST_STEP):
             return None
         server = int(candidates[chosen])
         swarm.start[server] = best[chosen]
-        self._floor = floors[chosen]
+        self._floor[self._holds[server] & ~swarm.holds()[server]] -= swarm.rate[server]
         self._online[server] = False
         self.moved.append(server)
         return server
 
     def _may_leave(self) -> Booleans:
-        """Movable servers, each of whose blocks another one holds that is online and stays. [servers]"""
-        others = self._online.astype(np.int64) @ self._holds
-        lonely = self._holds & (others < 2)
-        return self._swarm.movable & self._online & ~lonely.any(axis=1)
+        """Movable servers that can do without their first or their last block, or else they can go nowhere, and each of
+        whose blocks another one holds that is online and stays. [servers]
+        """
+        swarm = self._swarm
+        others = np.concatenate(([0], np.cumsum(self._online.astype(np.int64) @ self._holds < 2)))
+        lonely = others[self._start + swarm.length] > others[self._start]
+        spare = self._floor - self._least * (1 - 1e-9)
+        loose = np.maximum(spare[self._start], spare[self._start + swarm.length - 1]) >= swarm.rate
+        return swarm.movable & self._online & ~lonely & loose
+
+    def _possible(self, servers: Integers) -> Booleans:
+        """Where each of them may start: inside the model, and not off a block that cannot do without it.
+
+        [servers, blocks]
+        """
+        swarm, starts = self._swarm, np.arange(self._swarm.num_blocks)
+        length = swarm.length[servers][:, None]
+        tight = self._holds[servers] & (self._floor - swarm.rate[servers][:, None] < self._least * (1 - 1e-9))
+        first = np.where(tight.any(axis=1), tight.argmax(axis=1), swarm.num_blocks)[:, None]
+        last = np.where(tight.any(axis=1), swarm.num_blocks - 1 - tight[:, ::-1].argmax(axis=1), -1)[:, None]
+        possible: Booleans = (starts + length <= swarm.num_blocks) & (starts <= first) & (last < starts + length)
+        return possible
