@@ -6,15 +6,16 @@ move any more; it moves if the swarm gains more than a threshold. There every se
 that decide on the same records all move, and the hole they leave is filled by moving back.
 
 Here all of them work out the same plan. `plan_moves` moves one server after another, each time the one whose move helps
-most, until the throughput has grown by `min_gain`; only the servers that come first in the plan move now, and each finds
-out by itself that it is one of them. So it does not matter how many decide at the same moment. What stays of the rule is
-what it optimises, that everybody else's moves count too, and the threshold, which is what keeps servers from moving to
-and fro for nothing.
+most, until the throughput has grown enough to be worth it; only the servers that come first in the plan move now, and
+each finds out by itself that it is one of them. So it does not matter how many decide at the same moment. What stays of
+the rule is what it optimises, that everybody else's moves count too, and the threshold, which is what keeps servers
+from moving to and fro for nothing.
 
 What helps most: the weakest blocks count, but where many are about as weak, one move cannot raise the minimum. So moves
-are compared by a smooth minimum, the sum over blocks of exp(-`sharpness` * throughput / fair share), where the fair share
-is the throughput of all blocks if the swarm's work could be spread evenly. That sum falls with each move and depends on
-nothing but where servers are: while nobody joins or leaves, no arrangement comes back.
+are compared by a smooth minimum, the sum over blocks of exp(-`sharpness` * throughput / fair share), where the fair
+share is the throughput of all blocks if the swarm's work could be spread evenly. That sum falls with each move and
+depends on nothing but where servers are. A plan is carried out only if its throughput is higher in the end, and no move
+of it lowers it on the way: so while nobody joins or leaves, servers come to rest.
 
 Two servers may see different records. So whoever decided to move announces that he drains, waits until others can have
 read it, reads the records again and asks `may_leave`. Two who must not both leave then both stay, and decide anew at
@@ -60,13 +61,16 @@ _IGNORED = 30
 class RebalancingPolicy:
     """When moving pays.
 
-    min_gain: by which share the swarm's throughput has to grow.
+    min_gain: by which share the swarm's throughput has to grow at least.
+    gain_per_work: and by so much times the share of its work (blocks times tokens/s) that moves for that: servers that
+        move serve nobody meanwhile, and their sessions are replayed elsewhere.
     max_moving: of the servers of a model, this share may be loading or draining at a time; one always may.
     sharpness: how much more the weakest blocks count than others. Higher: only the minimum; lower: their average.
     check_period: seconds between two decisions of a server, on average.
     """
 
     min_gain: float = 0.02
+    gain_per_work: float = 1.0
     max_moving: float = 0.1
     sharpness: float = 45.0
     check_period: float = 120.0
@@ -153,11 +157,7 @@ def plan_moves(
     if budget <= 0 or not swarm.movable.any() or swarm.fair_share == 0:
         return {}
     swarm.rejoin(policy.sharpness)
-    before = float(swarm.throughputs().min())
-    wanted = (1 + policy.min_gain) * before
-    if swarm.fair_share <= wanted:
-        return {}
-    first = _first_moves(swarm, wanted, budget, policy.sharpness)
+    first = _first_moves(swarm, budget, policy)
     return {swarm.peer_ids[server]: swarm.span(server) for server in first}
 
 
@@ -188,25 +188,27 @@ def may_leave(
     return moving < policy.most_moving(present) and held.issuperset(own.info.span.blocks())
 
 
-def _first_moves(swarm: _Swarm, wanted: float, budget: int, sharpness: float) -> list[int]:
-    """Moves servers within `swarm` until its throughput is above `wanted`. Those to move at once, none if it fails.
+def _first_moves(swarm: _Swarm, budget: int, policy: RebalancingPolicy) -> list[int]:
+    """Moves servers within `swarm` until that pays. Those to move at once, at most `budget`; none if it never does.
 
     Moves that help most come first. So a plan that has removed less than its share of what is missing will fail. While
     blocks have no server at all, every one that gets one is a gain.
     """
-    first: list[int] = []
-    wave, number = _Wave(swarm), 0
     throughputs = swarm.throughputs()
-    uncovered = int((throughputs == 0).sum())
+    before, uncovered = float(throughputs.min()), int((throughputs == 0).sum())
+    wanted = (1 + policy.min_gain) * before
+    if swarm.fair_share <= wanted:
+        return []
+    first: list[int] = []
+    wave, number, work = _Wave(swarm), 0, 0.0
     missing = most_missing = float(np.maximum(wanted - throughputs, 0.0).sum())
-    while number < _PLAN_LENGTH and (
-        number < _HOPELESS or missing <= most_missing * (1 - number / _PLAN_LENGTH)
-    ):
-        server = wave.move_best(sharpness) if len(wave.moved) < budget else None
+    while number < _PLAN_LENGTH and (number < _HOPELESS or missing <= most_missing * (1 - number / _PLAN_LENGTH)):
+        server = wave.move_best(policy.sharpness) if len(wave.moved) < budget else None
         if server is not None:
             number += 1
+            work += swarm.work_share(server)
             throughputs = swarm.throughputs()
-            if throughputs.min() > wanted:
+            if throughputs.min() > max(wanted, (1 + policy.gain_per_work * work) * before):
                 return first or wave.moved
             missing = float(np.maximum(wanted - throughputs, 0.0).sum())
         elif wave.moved:
@@ -214,7 +216,7 @@ def _first_moves(swarm: _Swarm, wanted: float, budget: int, sharpness: float) ->
             wave = _Wave(swarm)
         else:
             break
-    return first or wave.moved if (swarm.throughputs() == 0).sum() < uncovered else []
+    return first or wave.moved if (throughputs == 0).sum() < uncovered else []
 
 
 class _Swarm:
@@ -259,6 +261,10 @@ class _Swarm:
         while share < before * (1 - _LEAST_STEP):
             share, before = float(np.minimum(self.rate, share) @ self.length) / self.num_blocks, share
         return share
+
+    def work_share(self, server: int) -> float:
+        """How much of the work of all servers this one does, if each is busy."""
+        return float(self.rate[server] * self.length[server] / (self.rate @ self.length))
 
     def span(self, server: int) -> BlockSpan:
         start = int(self.start[server])

@@ -24,7 +24,7 @@ from .sim_world import DrawnPeer
 
 #: Seconds between two readings of the records; all servers read at the same moments, which is the worst case.
 READ_PERIOD = 20.0
-#: Seconds that a server which announced that it drains waits before it asks whether it may leave: until all have read it.
+#: Seconds that a server which announced that it drains waits, until all have read it, before it asks to leave.
 CONFIRM_TIME = 30.0
 #: Seconds that sessions have to move elsewhere, as `ServerConfig.drain_time`.
 DRAIN_TIME = 15.0
@@ -67,12 +67,15 @@ class Point:
 
 @dataclass
 class History:
-    """moves: times at which servers left their blocks for others. stayed: those that decided to move and then did not."""
+    """moves: times at which servers left their blocks for others. stayed: how many decided to, and then did not.
+
+    joins: times at which servers came. left: how many went. plans: how often `plan_moves` was worked out.
+    """
 
     points: list[Point] = field(default_factory=list)
     moves: list[float] = field(default_factory=list)
     stayed: int = 0
-    joined: int = 0
+    joins: list[float] = field(default_factory=list)
     left: int = 0
     plans: int = 0
 
@@ -131,7 +134,7 @@ class SimulatedSwarm:
         )
         rebalancer = Rebalancer(self.num_blocks, peer.peer_id, self._policy)
         life = self.lives[peer.peer_id] = Life(peer, ServerRecord(peer.peer_id, info, expires=1e12), rebalancer)
-        self.history.joined += 1
+        self.history.joins.append(self.now)
         self._announce(life, ServerState.JOINING, span)
         self.at(self.now + peer.load_time, lambda: self._loaded(life))
         self.at(self.now + peer.load_time + self._policy.next_check(self._rng), lambda: self._check(life))

@@ -30,9 +30,7 @@ def join_evenly(swarm: SimulatedSwarm, rng: random.Random, number: int, seconds:
         swarm.at(swarm.now + rng.random() * seconds, lambda peer=peer: swarm.join(peer))  # type: ignore[misc]
 
 
-def churn(
-    swarm: SimulatedSwarm, rng: random.Random, trace: Trace, number: int, rate: float, until: float
-) -> None:
+def churn(swarm: SimulatedSwarm, rng: random.Random, trace: Trace, number: int, rate: float, until: float) -> None:
     """Servers come and go until then, as two Poisson processes; of `number` servers, so many per hour leave and join.
 
     rate: the share of the servers that leaves in an hour. Each of them leaves as likely as any other.
@@ -76,5 +74,3 @@ def _steady(region: Region, time: float) -> float:
 def _daylight(region: Region, time: float) -> float:
     """How many join, beside the average, in this region; time: seconds since midnight UTC."""
     return 1 - DAYLIGHT * math.cos(2 * math.pi * (time + region.hours * HOUR) / DAY)
-
-
