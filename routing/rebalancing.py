@@ -50,6 +50,9 @@ _PLAN_LENGTH = 32
 _HOPELESS = 4
 #: A move has to lower the smooth minimum by this share: less is rounding.
 _LEAST_STEP = 1e-6
+#: What differs less than in this decimal of a share is equal, and the first by peer id and by block is taken: the last
+#: bits may differ from machine to machine.
+_DIGITS = 9
 
 
 #: A server that so many plans in a row named, and that did not move, is not waited for in so many plans after that.
@@ -287,7 +290,8 @@ class _Swarm:
             weights = np.exp(-sharpness * self.throughputs(~away) / self.fair_share)
             sums = np.concatenate(([0.0], np.cumsum(weights)))
             length = int(self.length[server])
-            self.start[server] = int(np.argmax(sums[length:] - sums[: len(sums) - length]))
+            windows = (sums[length:] - sums[: len(sums) - length]) / sums[-1]
+            self.start[server] = int(np.argmax(windows.round(_DIGITS)))
             away[server] = False
 
     def _within(self, start: Integers) -> Booleans:
@@ -298,15 +302,17 @@ class _Swarm:
 class _Wave:
     """Moves that may be made at once.
 
-    moved: the servers, in order. Whatever subset of them has moved, the throughput is at least what it was before.
+    moved: the servers, in order. Each of the moves makes the swarm better by itself too, and whatever subset of them
+    has been made, the throughput is at least what it was before.
     """
 
     def __init__(self, swarm: _Swarm):
         self.moved: list[int] = []
         self._swarm = swarm
         self._start, self._holds = swarm.start.copy(), swarm.holds()  # before any of them moves
-        self._floor = swarm.throughputs()  # of those that do not move, and of those that do where they stay anyway
-        self._least = float(self._floor.min())
+        self._before = swarm.throughputs()
+        self._floor = self._before.copy()  # of those that do not move, and of those that do where they stay anyway
+        self._least = float(self._before.min())
         self._online = swarm.online.copy()  # servers that count as holders
 
     def move_best(self, sharpness: float) -> int | None:
@@ -325,17 +331,28 @@ class _Wave:
         ends = np.minimum(starts + length[:, None], swarm.num_blocks)
         windows = np.take_along_axis(sums, ends, axis=1) - sums[:, :-1]
         windows[~self._possible(candidates)] = -np.inf
-        best = np.argmax(windows, axis=1)
+        best = np.argmax((windows / sums[:, -1:]).round(_DIGITS), axis=1)
         smooth = sums[:, -1] + np.expm1(-scale * rate) * windows[np.arange(len(candidates)), best]
-        chosen = int(np.argmin(smooth))
-        if smooth[chosen] >= np.exp(-scale * throughputs).sum() * (1 - _LEAST_STEP):
-            return None
-        server = int(candidates[chosen])
-        swarm.start[server] = best[chosen]
-        self._floor[self._holds[server] & ~swarm.holds()[server]] -= swarm.rate[server]
-        self._online[server] = False
-        self.moved.append(server)
-        return server
+        smooth /= np.exp(-scale * throughputs).sum()
+        for chosen in np.argsort(smooth.round(_DIGITS), kind="stable").tolist():
+            if smooth[chosen] >= 1 - _LEAST_STEP:
+                break
+            server, start = int(candidates[chosen]), int(best[chosen])
+            if self._helps_alone(server, start, scale):
+                swarm.start[server] = start
+                self._floor[self._holds[server] & ~swarm.holds()[server]] -= swarm.rate[server]
+                self._online[server] = False
+                self.moved.append(server)
+                return server
+        return None
+
+    def _helps_alone(self, server: int, start: int, scale: float) -> bool:
+        """Whether the smooth minimum falls too if no other server of the wave moves."""
+        rate, length = self._swarm.rate[server], int(self._swarm.length[server])
+        alone = self._before - rate * self._holds[server]
+        alone[start : start + length] += rate
+        smooth = np.exp(-scale * np.maximum(alone, 0.0)).sum()
+        return bool(smooth < np.exp(-scale * self._before).sum() * (1 - _LEAST_STEP))
 
     def _may_leave(self) -> Booleans:
         """Movable servers that can do without their first or their last block, or else they can go nowhere, and each of

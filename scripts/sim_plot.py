@@ -19,14 +19,15 @@ def plot_phases(file: Path, phases: Sequence[Phase], title: str) -> None:
     samples = [sample for phase in phases for sample in phase.samples]
     hours = [sample.time / HOUR for sample in samples]
     figure = Figure(figsize=_SIZE, dpi=100, layout="constrained")
+    figure.suptitle(title)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     upper.plot(hours, [sample.bound for sample in samples], color="0.6", label="upper bound of any assignment")
     upper.plot(hours, [sample.throughput for sample in samples], color="C0", label="throughput of the weakest block")
     for sample in samples:
         if sample.covered < 1:
             upper.axvspan((sample.time - SAMPLE_TIME) / HOUR, sample.time / HOUR, color="red", alpha=0.15, linewidth=0)
-    upper.set(title=title, ylabel="tokens/s", ylim=(0, None))
-    upper.legend(loc="lower right")
+    upper.set(ylabel="tokens/s", ylim=(0, None))
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     lower.bar(hours, [sample.moves for sample in samples], width=-SAMPLE_TIME / HOUR, align="edge", color="C1")
     lower.set(xlabel="hours", ylabel=f"moves in {SAMPLE_TIME / 60:.0f} min")
     servers = lower.twinx()
