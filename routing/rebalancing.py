@@ -50,9 +50,11 @@ _PLAN_LENGTH = 32
 _HOPELESS = 4
 #: A move has to lower the smooth minimum by this share: less is rounding.
 _LEAST_STEP = 1e-6
-#: What differs less than in this decimal of a share is equal, and the first by peer id and by block is taken: the last
-#: bits may differ from machine to machine.
-_DIGITS = 9
+#: What differs by less than this share is equal, and the first by peer id and by block is taken: the last bits may
+#: differ from machine to machine.
+_EQUAL = 1e-9
+#: exp of this is a number. Only blocks that have many times the fair share come near it.
+_MOST_EXPONENT = 600.0
 
 
 #: A server that so many plans in a row named, and that did not move, is not waited for in so many plans after that.
@@ -223,8 +225,9 @@ def _first_moves(swarm: _Swarm, budget: int, policy: RebalancingPolicy) -> list[
 
 
 class _Swarm:
-    """The servers as columns, [servers], sorted by peer id; `start` changes as they are moved in thought.
+    """The servers as columns, [servers], sorted by peer id; `move` moves them in thought.
 
+    holds: whether each holds each block, [servers, blocks].
     online: 1 for those that serve now, which the others do not. movable: those of them that may be moved.
     """
 
@@ -240,6 +243,9 @@ class _Swarm:
         self.num_moving = len(records) - int(self.online.sum())
         self.movable = self.online & (self.length < num_blocks)
         self.movable &= np.array([peer_id not in staying for peer_id in self.peer_ids], dtype=bool)
+        blocks, ends = np.arange(num_blocks), self.start + self.length
+        self.holds: Booleans = (self.start[:, None] <= blocks) & (blocks < ends[:, None])
+        self._rates: Floats = self.rate[:, None] * self.holds
 
     @classmethod
     def read(cls, num_blocks: int, records: Iterable[ServerRecord], staying: Collection[str]) -> _Swarm:
@@ -273,14 +279,15 @@ class _Swarm:
         start = int(self.start[server])
         return BlockSpan(start=start, end=start + int(self.length[server]))
 
-    def holds(self) -> Booleans:
-        """Whether each server holds each block, [servers, blocks]."""
-        return self._within(self.start)
+    def move(self, server: int, start: int) -> None:
+        self.start[server] = start
+        self.holds[server] = False
+        self.holds[server, start : start + self.length[server]] = True
+        self._rates[server] = self.rate[server] * self.holds[server]
 
     def throughputs(self, servers: Booleans | None = None) -> Floats:
         """Tokens/s through each block, [blocks], of these servers together (default: all)."""
-        rate = self.rate if servers is None else self.rate * servers
-        throughputs: Floats = rate @ self.holds()
+        throughputs: Floats = (self._rates if servers is None else self._rates[servers]).sum(axis=0)
         return throughputs
 
     def rejoin(self, sharpness: float) -> None:
@@ -291,12 +298,8 @@ class _Swarm:
             sums = np.concatenate(([0.0], np.cumsum(weights)))
             length = int(self.length[server])
             windows = (sums[length:] - sums[: len(sums) - length]) / sums[-1]
-            self.start[server] = int(np.argmax(windows.round(_DIGITS)))
+            self.move(server, int(np.argmax(windows >= windows.max() - _EQUAL)))
             away[server] = False
-
-    def _within(self, start: Integers) -> Booleans:
-        blocks = np.arange(self.num_blocks)
-        return (start[:, None] <= blocks) & (blocks < (start + self.length)[:, None])
 
 
 class _Wave:
@@ -309,7 +312,7 @@ class _Wave:
     def __init__(self, swarm: _Swarm):
         self.moved: list[int] = []
         self._swarm = swarm
-        self._start, self._holds = swarm.start.copy(), swarm.holds()  # before any of them moves
+        self._start, self._holds = swarm.start.copy(), swarm.holds.copy()  # before any of them moves
         self._before = swarm.throughputs()
         self._floor = self._before.copy()  # of those that do not move, and of those that do where they stay anyway
         self._least = float(self._before.min())
@@ -324,23 +327,26 @@ class _Wave:
         scale = sharpness / swarm.fair_share
         rate, length = swarm.rate[candidates], swarm.length[candidates]
         holds, throughputs = self._holds[candidates], swarm.throughputs()
-        without = throughputs - rate[:, None] * holds
-        weights = np.exp(-scale * np.maximum(without, 0.0))
+        weights = np.exp(-scale * throughputs)
+        smooth_now = weights.sum()
+        # of the blocks' weights, those that they have without the server, [candidates, blocks]
+        boost = np.exp(np.minimum(scale * rate, _MOST_EXPONENT))
+        without = weights * np.where(holds, boost[:, None], 1.0)
         starts = np.arange(swarm.num_blocks)
-        sums = np.concatenate((np.zeros((len(candidates), 1)), np.cumsum(weights, axis=1)), axis=1)
+        sums = np.zeros((len(candidates), swarm.num_blocks + 1))
+        np.cumsum(without, axis=1, out=sums[:, 1:])
         ends = np.minimum(starts + length[:, None], swarm.num_blocks)
-        windows = np.take_along_axis(sums, ends, axis=1) - sums[:, :-1]
-        windows[~self._possible(candidates)] = -np.inf
-        best = np.argmax((windows / sums[:, -1:]).round(_DIGITS), axis=1)
-        smooth = sums[:, -1] + np.expm1(-scale * rate) * windows[np.arange(len(candidates)), best]
-        smooth /= np.exp(-scale * throughputs).sum()
-        for chosen in np.argsort(smooth.round(_DIGITS), kind="stable").tolist():
+        windows = np.where(self._possible(candidates), np.take_along_axis(sums, ends, axis=1) - sums[:, :-1], -np.inf)
+        highest = windows.max(axis=1)
+        best = np.argmax(windows >= (highest - _EQUAL * sums[:, -1])[:, None], axis=1)
+        smooth = (sums[:, -1] + np.expm1(-scale * rate) * highest) / smooth_now
+        for chosen in np.argsort(np.floor(smooth / _EQUAL), kind="stable").tolist():
             if smooth[chosen] >= 1 - _LEAST_STEP:
                 break
             server, start = int(candidates[chosen]), int(best[chosen])
             if self._helps_alone(server, start, scale):
-                swarm.start[server] = start
-                self._floor[self._holds[server] & ~swarm.holds()[server]] -= swarm.rate[server]
+                swarm.move(server, start)
+                self._floor[self._holds[server] & ~swarm.holds[server]] -= swarm.rate[server]
                 self._online[server] = False
                 self.moved.append(server)
                 return server
@@ -361,7 +367,7 @@ class _Wave:
         swarm = self._swarm
         others = np.concatenate(([0], np.cumsum(self._online.astype(np.int64) @ self._holds < 2)))
         lonely = others[self._start + swarm.length] > others[self._start]
-        spare = self._floor - self._least * (1 - 1e-9)
+        spare = self._floor - self._least * (1 - _EQUAL)
         loose = np.maximum(spare[self._start], spare[self._start + swarm.length - 1]) >= swarm.rate
         return swarm.movable & self._online & ~lonely & loose
 
@@ -372,8 +378,10 @@ class _Wave:
         """
         swarm, starts = self._swarm, np.arange(self._swarm.num_blocks)
         length = swarm.length[servers][:, None]
-        tight = self._holds[servers] & (self._floor - swarm.rate[servers][:, None] < self._least * (1 - 1e-9))
-        first = np.where(tight.any(axis=1), tight.argmax(axis=1), swarm.num_blocks)[:, None]
-        last = np.where(tight.any(axis=1), swarm.num_blocks - 1 - tight[:, ::-1].argmax(axis=1), -1)[:, None]
+        spare = self._floor - self._least * (1 - _EQUAL)
+        tight = self._holds[servers] & (spare < swarm.rate[servers][:, None])
+        any_tight = tight.any(axis=1)
+        first = np.where(any_tight, tight.argmax(axis=1), swarm.num_blocks)[:, None]
+        last = np.where(any_tight, swarm.num_blocks - 1 - tight[:, ::-1].argmax(axis=1), -1)[:, None]
         possible: Booleans = (starts + length <= swarm.num_blocks) & (starts <= first) & (last < starts + length)
         return possible
