@@ -75,7 +75,7 @@ class RebalancingPolicy:
     """
 
     min_gain: float = 0.02
-    gain_per_work: float = 1.0
+    gain_per_work: float = 0.5
     max_moving: float = 0.1
     sharpness: float = 45.0
     check_period: float = 120.0
