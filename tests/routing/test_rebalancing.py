@@ -78,6 +78,8 @@ MIXED = swarms(states=(ONLINE, JOINING, DRAINING, ServerState.OFFLINE))
 SETTLED = swarms(states=(ONLINE,))
 #: Many may move at once, and have to before it pays.
 BOLD = RebalancingPolicy(max_moving=0.5, min_gain=0.25)
+#: They have to, but only few at once.
+PATIENT = RebalancingPolicy(max_moving=0.1, min_gain=0.25)
 
 
 @settings(deadline=None, max_examples=200)
@@ -103,11 +105,11 @@ def test_only_a_part_of_the_servers_is_on_the_move(swarm, most):
     assert not plan or len(plan) + moving <= max(1, most * len(present))
 
 
-@settings(deadline=None, max_examples=200)
-@given(swarms(states=(ONLINE, JOINING)), st.randoms(use_true_random=False))
-def test_whoever_of_them_has_moved_the_throughput_is_no_lower(swarm, rng):
+@settings(deadline=None, max_examples=300)
+@given(swarms(states=(ONLINE, JOINING)), st.sampled_from([BOLD, PATIENT]), st.randoms(use_true_random=False))
+def test_whoever_of_them_has_moved_the_throughput_is_no_lower(swarm, policy, rng):
     num_blocks, records = swarm
-    plan = plan_moves(num_blocks, records, policy=BOLD)
+    plan = plan_moves(num_blocks, records, policy=policy)
     before = throughput(num_blocks, records)
     for _ in range(5 if plan else 0):
         some = {peer_id: plan[peer_id] for peer_id in rng.sample(sorted(plan), rng.randint(1, len(plan)))}
@@ -115,7 +117,7 @@ def test_whoever_of_them_has_moved_the_throughput_is_no_lower(swarm, rng):
 
 
 @settings(deadline=None, max_examples=100)
-@given(SETTLED, st.sampled_from([DEFAULT_POLICY, BOLD]))
+@given(SETTLED, st.sampled_from([DEFAULT_POLICY, BOLD, PATIENT]))
 def test_servers_that_decide_at_once_come_to_rest(swarm, policy):
     num_blocks, records = swarm
     seen = {arrangement(records)}
