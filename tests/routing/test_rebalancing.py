@@ -224,6 +224,13 @@ def test_no_more_move_than_are_needed():
     assert len(plan_moves(8, records, policy=RebalancingPolicy(min_gain=0.1))) == 2
 
 
+def test_a_server_that_the_plan_moves_on_later_makes_its_first_move_first():
+    """Only one of five may move at a time; when others have moved too, it does better at 6:12."""
+    spans = [(1, 7, 4.0), (2, 8, 5.7), (2, 4, 16.9), (0, 18, 1.3), (1, 7, 10.0)]
+    records = [record(f"P{number}", *span) for number, span in enumerate(spans)]
+    assert plan_moves(18, records, policy=RebalancingPolicy(min_gain=0.05)) == {"P0": BlockSpan(start=8, end=14)}
+
+
 def test_loading_servers_count_where_they_will_be_and_draining_ones_as_back():
     records = many(0, 4, 22, "A") + many(4, 8, 18, "B")
     assert plan_moves(8, records)
