@@ -63,6 +63,7 @@ class Report:
     """What one benchmark found. Ratios are of medians.
 
     records: of single events, where results would not tell which figures belong together; left out of the JSON if none.
+    title: of the table on the screen, unless it is that of `swarm bench`.
     """
 
     benchmark: str
@@ -71,6 +72,7 @@ class Report:
     ratios: dict[str, float] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
+    title: str | None = None
 
     def add(self, name: str, unit: str, runs: Sequence[float]) -> Result:
         result = Result(name, unit, tuple(runs))
@@ -112,7 +114,7 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"swarm bench {self.benchmark}", title_justify="left")
+        table = Table(title=self.title or f"swarm bench {self.benchmark}", title_justify="left")
         table.add_column("")
         for name in ("median", "lowest", "highest"):
             table.add_column(name, justify="right")

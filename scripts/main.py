@@ -42,6 +42,9 @@ SUBCOMMANDS = {
         "swarm.scripts.demo", "demo", "Start a swarm on this machine, kill a server, compare every token."
     ),
     "bench": Subcommand("swarm.scripts.bench", "app", "Measure against plain transformers on this machine."),
+    "simulate": Subcommand(
+        "swarm.scripts.simulate", "simulate", "Thousands of servers in virtual time, by the real decisions."
+    ),
     "check-device": Subcommand(
         "swarm.scripts.check_device",
         "check_device",
