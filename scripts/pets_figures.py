@@ -201,7 +201,7 @@ def draw(report: Report, file: Path) -> None:
     width = 0.8 / len(speeds)
     for number, (system, found) in enumerate(speeds.items()):
         places = [place + number * width for place in range(len(workloads))]
-        axes.bar(places, [found[workload] for workload in workloads], width, label=system)
+        axes.bar(places, [found.get(workload, 0.0) for workload in workloads], width, label=system)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(workloads))], workloads, fontsize=8)
     axes.set_ylabel("queries/s")
     figure.legend(loc="outside upper center", fontsize=8, ncols=4)
