@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from swarm.server.adapters.forms import AdapterForms, BlockForms
@@ -36,12 +35,12 @@ _LORA_NAMES = ("q_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn")
 
 def made_adapter(span: Span, kind: str, seed: int) -> AdapterForms:
     """One of KINDS for all blocks of a span."""
+    from swarm.server.adapters.base import linear_layers
     from swarm.server.adapters.forms import AdapterForms
 
     chance = torch.Generator().manual_seed(seed)
     make = _MAKERS[kind]
-    blocks = getattr(span._model, span._architecture.blocks)
-    return AdapterForms([make(span, _linear_layers(block), chance) for block in blocks])
+    return AdapterForms([make(span, linear_layers(block), chance) for block in span.modules])
 
 
 def made_prefix(span: Span, config: Any, num_tokens: int, seed: int = 0) -> AdapterForms:
@@ -54,15 +53,6 @@ def made_prefix(span: Span, config: Any, num_tokens: int, seed: int = 0) -> Adap
     shape = len(span.blocks), heads, num_tokens, head_dim
     keys, values = (_normal(span, chance, *shape).to(span.dtype) for _ in range(2))
     return AdapterForms([BlockForms() for _ in span.blocks.blocks()], KeyValuePrefix(keys, values))
-
-
-def _linear_layers(block: nn.Module) -> Layers:
-    """By path; those that see every token."""
-    from swarm.server.adapters.base import is_linear
-
-    return {
-        path: module for path, module in block.named_modules() if is_linear(module) and "experts" not in path.split(".")
-    }
 
 
 def _lora(span: Span, layers: Layers, chance: torch.Generator) -> BlockForms:

@@ -87,7 +87,7 @@ def load_span(
 
 def loaded_bytes(span: Span) -> int:
     """Bytes of all tensors that the blocks of a span hold, the scales of quantised weights included."""
-    return bytes_held(getattr(span._model, span._architecture.blocks))
+    return bytes_held(span.modules)
 
 
 def bytes_held(module: nn.Module) -> int:

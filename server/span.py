@@ -46,7 +46,13 @@ class Span:
         self._model = model
         self._architecture = architecture
         self._slices: dict[tuple[int, int], nn.Module] = {(0, len(blocks)): model}
-        self.adapters = AppliedAdapters(list(getattr(model, architecture.blocks)), device)
+        self.adapters = AppliedAdapters(list(self.modules), device)
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        """The blocks themselves."""
+        modules: nn.ModuleList = getattr(self._model, self._architecture.blocks)
+        return modules
 
     def local(self, span: BlockSpan) -> tuple[int, int]:
         """A sub-span of the model's blocks as indices into this span's blocks."""
@@ -57,9 +63,8 @@ class Span:
 
         config: the whole model's. most_bytes: that one adapter may take; None: any number.
         """
-        blocks = getattr(self._model, self._architecture.blocks)
         return BaseBlocks(
-            blocks, self.blocks, self._architecture, config, fingerprint, self.device, self.dtype, most_bytes
+            self.modules, self.blocks, self._architecture, config, fingerprint, self.device, self.dtype, most_bytes
         )
 
     @torch.inference_mode()
@@ -128,8 +133,7 @@ class Span:
         if (start, end) not in self._slices:
             model = copy.copy(self._model)
             model._modules = dict(self._model._modules)
-            blocks = getattr(self._model, self._architecture.blocks)
-            setattr(model, self._architecture.blocks, nn.ModuleList(list(blocks)[start:end]))
+            setattr(model, self._architecture.blocks, nn.ModuleList(list(self.modules)[start:end]))
             model.config = span_config(self._model.config, BlockSpan(start=start, end=end))
             self._slices[start, end] = model
         return self._slices[start, end]

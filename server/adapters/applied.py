@@ -7,7 +7,7 @@ one operation per form for all adapters in the batch (see `groups`). Rows withou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,6 @@ class AppliedAdapters:
         self._active = ActiveBatch()
         self._sites: dict[tuple[int, str, type], Site[Any]] = {}
         self._maps: dict[Sequence[Run], TokenMap] = {}
-        self._present: dict[frozenset[Hashable], frozenset[Hashable]] = {}
         self._adapters: set[Adapter] = set()
 
     @property
@@ -112,7 +111,6 @@ class AppliedAdapters:
             if self._sites[key].forget(adapter):
                 self._sites.pop(key).restore()
         self._maps.clear()
-        self._present.clear()
 
     @contextlib.contextmanager
     def applied(self, runs: Sequence[Run]) -> Iterator[None]:
@@ -131,12 +129,8 @@ class AppliedAdapters:
         found = self._maps.pop(key, None)
         if found is None:
             found = TokenMap(key, self._device, MOST_PADDED[self._device.type])
-            # Equal sets are one object: sites look whether it is the one that they know.
-            found.present = self._present.setdefault(found.present, found.present)
             if len(self._maps) >= _NUM_MAPS:
                 self._maps.pop(next(iter(self._maps)))
-            if len(self._present) > 8 * _NUM_MAPS:
-                self._present = {each.present: each.present for each in self._maps.values()}
         self._maps[key] = found
         return found
 

@@ -7,6 +7,7 @@ takes the place of the old one. The difference must be to the weights that this 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class BaseBlocks:
         Raises AdapterError for another kind of module, or one that sees only some of the tokens (experts).
         """
         module = self.module(block, path)
-        if "experts" in path.split("."):
+        if is_of_expert(path):
             raise AdapterError(
                 f"{path} of block {block} is an expert's: only some tokens pass it, in an order of its own"
             )
@@ -59,14 +60,27 @@ class BaseBlocks:
     def norm(self, block: int, path: str) -> nn.Module:
         """The same for a norm: a module with a vector `weight`, and perhaps a `bias`."""
         module = self.module(block, path)
-        weight = getattr(module, "weight", None)
-        if is_linear(module) or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        if not is_norm(module):
             raise AdapterError(f"{path} of block {block} is a {type(module).__name__}, not a norm")
         return module
 
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | PackedLinear)
+
+
+def is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and not is_linear(module) and weight.dim() == 1
+
+
+def is_of_expert(path: str) -> bool:
+    return "experts" in path.split(".")
+
+
+def linear_layers(block: nn.Module) -> dict[str, Any]:
+    """By path, those of a block that see every token; each has `in_features` and `out_features`."""
+    return {path: module for path, module in block.named_modules() if is_linear(module) and not is_of_expert(path)}
 
 
 @torch.no_grad()

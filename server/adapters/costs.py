@@ -27,7 +27,7 @@ from .applied import MOST_PADDED, Adapter
 from .base import is_linear
 from .cost_model import FORMS, AdapterCosts, Extent, FormCosts, MeasuredCosts, Sample, extents_of, fit
 from .forms import AdapterForms
-from .synthetic import blocks_of, made_form, random_values, sizes_of
+from .synthetic import made_form, random_values, sizes_of
 
 if TYPE_CHECKING:
     from ..span import Span
@@ -158,7 +158,7 @@ class _ModulesJob(_Job):
         self._runs = [(None if adapters is None else adapters[index], tokens) for index in range(rows)]
         chance = torch.Generator().manual_seed(0)
         self._calls: list[tuple[nn.Module, torch.Tensor]] = []
-        for block, changed in zip(blocks_of(span), forms.blocks, strict=True):
+        for block, changed in zip(span.modules, forms.blocks, strict=True):
             for path in (*changed.linear, *changed.bottlenecks, *changed.norms):
                 module: Any = block.get_submodule(path)
                 features = module.in_features if is_linear(module) else module.weight.numel()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .base import is_linear
+from .base import is_norm, linear_layers
 from .forms import AdapterForms, BlockForms, Bottleneck, LinearForm, LowRank, NormForm, Sparse
 
 if TYPE_CHECKING:
@@ -28,14 +28,10 @@ def sizes_of(form: str) -> range:
     return range(1 if form in ("vector", "norm") else 2)
 
 
-def blocks_of(span: Span) -> list[nn.Module]:
-    return list(getattr(span._model, span._architecture.blocks))
-
-
 def made_form(span: Span, form: str, size: int, seed: int) -> AdapterForms:
     """An adapter of one of `cost_model.FORMS` in the first blocks of a span. size: of `sizes_of(form)`."""
     chance = torch.Generator().manual_seed(seed)
-    blocks = blocks_of(span)
+    blocks = span.modules
     return AdapterForms(
         [_made_block(span, block, form, size, chance) for block in blocks[:_BLOCKS]]
         + [BlockForms()] * (len(blocks) - _BLOCKS)
@@ -43,14 +39,13 @@ def made_form(span: Span, form: str, size: int, seed: int) -> AdapterForms:
 
 
 def _made_block(span: Span, block: nn.Module, form: str, size: int, chance: torch.Generator) -> BlockForms:
-    modules = dict(block.named_modules())
-    linear = [path for path, module in modules.items() if is_linear(module) and "experts" not in path.split(".")]
     if form == "norm":
-        norms = [path for path, module in modules.items() if _is_norm(module)]
-        vectors = {path: modules[path].weight.detach().clone() for path in _some(norms)}
+        norms: dict[str, Any] = {path: module for path, module in block.named_modules() if is_norm(module)}
+        vectors = {path: norms[path].weight.detach().clone() for path in _some(list(norms))}
         return BlockForms(norms={path: NormForm(weight=vector) for path, vector in vectors.items()})
+    linear = linear_layers(block)
     if form == "bottleneck":
-        behind = [path for path in linear if modules[path].out_features == span.hidden_size]
+        behind = [path for path, layer in linear.items() if layer.out_features == span.hidden_size]
         features = span.hidden_size
         return BlockForms(
             bottlenecks={
@@ -63,8 +58,8 @@ def _made_block(span: Span, block: nn.Module, form: str, size: int, chance: torc
         )
     return BlockForms(
         linear={
-            path: _made_linear(span, modules[path].in_features, modules[path].out_features, form, size, chance)
-            for path in _some(linear)
+            path: _made_linear(span, linear[path].in_features, linear[path].out_features, form, size, chance)
+            for path in _some(list(linear))
         }
     )
 
@@ -96,8 +91,3 @@ def _some(paths: Sequence[str]) -> list[str]:
     if len(paths) <= _PLACES:
         return list(paths)
     return [paths[number * (len(paths) - 1) // (_PLACES - 1)] for number in range(_PLACES)]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and not is_linear(module) and weight.dim() == 1
