@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
-
-from swarm.data_structures import AdapterName, AdapterRef, BlockSpan
+from swarm.data_structures import MAX_ADAPTER_NAME, AdapterRef, BlockSpan, is_adapter_name
 from swarm.errors import UsageError
 from swarm.protocol import RowAdapters, row_adapters
 
@@ -35,8 +33,6 @@ Choice: TypeAlias = str | tuple[str | None, ...] | None
 #: The adapters of a session's or a pass's rows, in their order.
 Refs: TypeAlias = tuple[AdapterRef | None, ...]
 
-_NAMES: TypeAdapter[str] = TypeAdapter(AdapterName)
-
 
 def read_choice(active_adapter: Any = NOT_GIVEN, adapter_names: Any = None) -> Choice | NotGiven:
     """What the keywords of a call say. Raises UsageError for what cannot name adapters."""
@@ -56,12 +52,12 @@ def read_choice(active_adapter: Any = NOT_GIVEN, adapter_names: Any = None) -> C
 def _name(name: Any) -> str | None:
     if name is None or name == BASE:
         return None
-    try:
-        return _NAMES.validate_python(name, strict=True)
-    except ValidationError:
+    if not isinstance(name, str) or not is_adapter_name(name):
         raise UsageError(
-            f"{name!r:.100} cannot be the name of an adapter: names have 1 to 64 visible ASCII characters, no spaces"
-        ) from None
+            f"{name!r:.100} cannot be the name of an adapter: names have 1 to {MAX_ADAPTER_NAME} visible ASCII "
+            "characters, no spaces"
+        )
+    return name
 
 
 @dataclass

@@ -83,7 +83,9 @@ DecodeTimes = Annotated[
 ]
 Rate = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 PeerName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9]+$")]
-AdapterName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\x21-\x7e]+$")]
+MAX_ADAPTER_NAME = 64
+_ADAPTER_NAME = rf"^[\x21-\x7e]{{1,{MAX_ADAPTER_NAME}}}$"
+AdapterName = Annotated[str, Field(pattern=_ADAPTER_NAME)]
 #: First hex digits of the sha256 over an adapter's files: equal ones are the same adapter, whatever it is called.
 AdapterDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 #: Most adapters that a server announces, so that a record stays small.
@@ -109,6 +111,11 @@ class AdapterRef(NamedTuple):
 
     name: AdapterName
     digest: AdapterDigest
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether an `AdapterName` may be this."""
+    return re.fullmatch(_ADAPTER_NAME, name) is not None
 
 
 def _printable(text: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from swarm.adapter_files import FORMATS, MAX_CONFIG_BYTES, choose_files
+from swarm.adapter_files import FORMATS
+from swarm.adapter_hub import adapter_on_hub
 from swarm.errors import AdapterError, ModelNotFound
-from swarm.hub import find_on_hub
 
 
 def fetch_adapter(name: str, max_bytes: int) -> Path:
@@ -15,16 +15,12 @@ def fetch_adapter(name: str, max_bytes: int) -> Path:
     name: its id on the hub. max_bytes: of both; what is larger is not downloaded. Raises AdapterError.
     """
     try:
-        files, present = find_on_hub(name, None, None)
-        chosen = choose_files(present)
-        if chosen is None:
+        found = adapter_on_hub(name)
+        if found is None:
             raise AdapterError(
                 f"{name} on the hub is no adapter: it lacks {' or '.join(FORMATS)} with weights in safetensors"
             )
-        config, weights = chosen
-        # What the hub says of the files, not what is written in them: that may be anything.
-        if files.size(config) > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{config} of {name} has {files.size(config)} bytes: that is no configuration")
+        files, config, weights = found
         size = files.size(config) + files.size(weights)
         if size > max_bytes:
             raise AdapterError(f"{name} has {size} bytes, more than this server's limit of {max_bytes}")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,7 +21,7 @@ import torch
 from pydantic import ByteSize
 
 from swarm.adapter_hub import is_hub_name
-from swarm.data_structures import MAX_ANNOUNCED_ADAPTERS, AdapterInfo
+from swarm.data_structures import MAX_ADAPTER_NAME, MAX_ANNOUNCED_ADAPTERS, AdapterInfo, is_adapter_name
 from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError, SwarmError
 from swarm.protocol import AdapterRef, RowAdapters
 
@@ -31,19 +29,14 @@ from ..kv_cache import KVCache
 from ..recovery import is_out_of_memory
 from .applied import Adapter, AppliedAdapters
 from .base import BaseBlocks
+from .downloads import Downloads
+from .folders import FilesChanged, Manifests, import_unchanged
 from .forms import AdapterForms
-from .importing import Manifest, import_adapter, read_manifest
+from .importing import Manifest
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-MAX_NAME = 64
-#: Adapters of the hub that are fetched or wait for their turn; whoever wants another one goes elsewhere.
-MAX_FETCHING = 16
-#: As `AdapterInfo` takes it.
-NAME = re.compile(rf"[\x21-\x7e]{{1,{MAX_NAME}}}")
-#: (name, bytes, nanoseconds of the last change) of each file in a folder.
-Stamp = tuple[tuple[str, int, int], ...]
 
 
 class Errands(Protocol):
@@ -117,18 +110,20 @@ class AdapterRegistry:
         self._errands = errands
         self._max_bytes = max_bytes
         self._max_adapter_bytes = max_adapter_bytes
-        self._fetch = fetch
+        self._downloads = (
+            None
+            if fetch is None
+            else Downloads(lambda name: fetch(name, max_adapter_bytes), partial(self.register, from_hub=True))
+        )
         self._on_change = on_change
         self._by_name: dict[str, _Entry] = {}  # least recently used first
         self._by_digest: dict[str, _Entry] = {}
         self._bytes = 0
         self._useless: dict[str, str] = {}  # digests of adapters that cannot be used here, and why
         self._complaints: dict[str, str] = {}
-        self._manifests: dict[tuple[Path, Stamp], Manifest] = {}
+        self._manifests = Manifests()
         # One at a time, on one core: loading must not take the others from the batches that run meanwhile.
         self._worker = ThreadPoolExecutor(1, "adapters", initializer=torch.set_num_threads, initargs=(1,))
-        self._downloads = asyncio.Lock()
-        self._fetching: dict[str, asyncio.Task[None]] = {}
 
     # --- what there is ---
 
@@ -140,7 +135,7 @@ class AdapterRegistry:
 
     @property
     def fetches(self) -> bool:
-        return self._fetch is not None
+        return self._downloads is not None
 
     @property
     def loaded_bytes(self) -> int:
@@ -167,27 +162,9 @@ class AdapterRegistry:
 
     async def fetch(self, name: str) -> None:
         """Bring an adapter of the hub here. Raises AdapterError, AdapterNotHere where that is not allowed."""
-        if self._fetch is None:
+        if self._downloads is None:
             raise AdapterNotHere(f"this server has no adapter {name!r}, and takes none from the hub")
-        if name not in self._fetching:
-            if len(self._fetching) >= MAX_FETCHING:
-                raise AdapterNotHere(
-                    f"this server fetches {MAX_FETCHING} adapters already; ask again later for {name!r}"
-                )
-            task = self._fetching[name] = asyncio.create_task(self._download(name, self._fetch))
-            task.add_done_callback(lambda _: self._fetching.pop(name))
-        await asyncio.shield(self._fetching[name])  # others may wait for it when this client has gone
-
-    async def _download(self, name: str, fetch: Callable[[str, int], Path]) -> None:
-        """One at a time. A slow hub holds up only who wants something of it, and no server that stops: a thread of a
-        pool would."""
-        async with self._downloads:
-            done = Future[Path]()
-            done.set_running_or_notify_cancel()
-            action = partial(fetch, name, self._max_adapter_bytes)
-            threading.Thread(target=_settle, args=(done, action), name="adapter of the hub", daemon=True).start()
-            folder = await asyncio.wrap_future(done)
-        await self.register(name, folder, from_hub=True)
+        await self._downloads.bring(name)
 
     async def register(
         self, name: str, folder: Path, *, shelf: Path | None = None, from_hub: bool = False, try_first: bool = False
@@ -198,9 +175,9 @@ class AdapterRegistry:
         shelf: the folder of folders in which it was found. try_first: import one that is new here, so that nobody is
         offered what would then fail.
         """
-        if not NAME.fullmatch(name):
-            raise AdapterError(f"{name!r} is no name for an adapter: 1 to {MAX_NAME} characters without spaces")
-        manifest = await self._work(self._manifest_of, folder)
+        if not is_adapter_name(name):
+            raise AdapterError(f"{name!r} is no name for an adapter: 1 to {MAX_ADAPTER_NAME} characters without spaces")
+        manifest = await self._work(self._manifests.of, folder)
         if manifest.file_bytes > self._max_adapter_bytes:
             raise AdapterError(
                 f"adapter {name!r} has {_shown(manifest.file_bytes)} of weights, more than the limit of "
@@ -210,7 +187,7 @@ class AdapterRegistry:
             raise AdapterError(self._useless[manifest.digest])
         if try_first and manifest.digest not in self._by_digest:
             try:
-                self._check_size(await self._work(_import_unchanged, [folder], manifest, self._base))
+                self._check_size(await self._work(import_unchanged, [folder], manifest, self._base))
             except AdapterError as error:
                 self._note_useless(manifest, error)
                 raise
@@ -321,7 +298,7 @@ class AdapterRegistry:
     async def _load(self, name: str, entry: _Entry) -> None:
         folders = list(dict.fromkeys(place.folder for place in entry.names.values()))
         try:
-            forms = await self._work(_import_unchanged, folders, entry.manifest, self._base)
+            forms = await self._work(import_unchanged, folders, entry.manifest, self._base)
             entry.loaded = await self._put_into_blocks(forms)
         except AdapterError as error:
             self._note_useless(entry.manifest, error)
@@ -344,7 +321,7 @@ class AdapterRegistry:
                 self._forget(entry)
 
     def _note_useless(self, manifest: Manifest, error: AdapterError) -> None:
-        if not isinstance(error, _FilesChanged):  # else it is not the adapter's fault
+        if not isinstance(error, FilesChanged):  # else it is not the adapter's fault
             self._useless[manifest.digest] = str(error)
 
     def _check_size(self, forms: AdapterForms) -> None:
@@ -407,62 +384,8 @@ class AdapterRegistry:
         if self._by_digest.get(entry.manifest.digest) is entry:
             del self._by_digest[entry.manifest.digest]
 
-    def _manifest_of(self, folder: Path) -> Manifest:
-        """Read anew where files changed. On the worker's thread."""
-        key = folder, _stamp_of(folder)
-        if key not in self._manifests:
-            self._manifests = {known: each for known, each in self._manifests.items() if known[0] != folder}
-            self._manifests[key] = read_manifest(folder)
-        return self._manifests[key]
-
     async def _work(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._worker, lambda: function(*arguments))
-
-
-def _stamp_of(folder: Path) -> Stamp:
-    """Changes when a file does. Raises AdapterError if the folder is gone."""
-    try:
-        return tuple(
-            (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-            for entry in sorted(folder.iterdir())
-            if entry.is_file()
-        )
-    except OSError as error:
-        raise AdapterError(f"cannot read {folder}: {error.strerror}") from error
-
-
-def _settle(done: Future[Result], action: Callable[[], Result]) -> None:
-    try:
-        done.set_result(action())
-    except BaseException as error:
-        done.set_exception(error)
-
-
-class _FilesChanged(AdapterError):
-    """They are not those that were announced. Others with the same contents may come."""
-
-
-def _import_unchanged(folders: Sequence[Path], manifest: Manifest, base: BaseBlocks) -> AdapterForms:
-    """From the first folder that holds what was announced. Raises AdapterError."""
-    why: Exception | None = None
-    for folder in folders:
-        try:
-            if read_manifest(folder).digest == manifest.digest:
-                return import_adapter(folder, base)
-        except OSError as error:
-            why = error
-        except AdapterError as error:
-            if _is_unchanged(folder, manifest):
-                raise
-            why = error
-    raise _FilesChanged("its files changed or went away after it was announced") from why
-
-
-def _is_unchanged(folder: Path, manifest: Manifest) -> bool:
-    try:
-        return read_manifest(folder).digest == manifest.digest
-    except (AdapterError, OSError):
-        return False
 
 
 def _shown(num_bytes: int) -> str:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.adapter_files import FORMATS
+from swarm.data_structures import MAX_ADAPTER_NAME, is_adapter_name
 from swarm.errors import AdapterError, SwarmError, UsageError
 
-from .registry import MAX_NAME, NAME, AdapterRegistry
+from .registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,9 @@ class Source:
 
 
 def _checked(name: str, text: str) -> str:
-    if not NAME.fullmatch(name):
+    if not is_adapter_name(name):
         raise UsageError(
-            f"--adapters {text}: {name!r} is no name for an adapter: 1 to {MAX_NAME} characters without spaces"
+            f"--adapters {text}: {name!r} is no name for an adapter: 1 to {MAX_ADAPTER_NAME} characters without spaces"
         )
     return name
 

@@ -7,6 +7,7 @@ from typing import Any
 from swarm.server.adapters.registry import AdapterRegistry
 
 
-def empty_registry() -> AdapterRegistry:
+def empty_registry(fetch: Any = None) -> AdapterRegistry:
+    """fetch: as the registry takes it."""
     nothing: Any = None
-    return AdapterRegistry(nothing, nothing, nothing, nothing, max_bytes=1, max_adapter_bytes=1)
+    return AdapterRegistry(nothing, nothing, nothing, nothing, max_bytes=1, max_adapter_bytes=1, fetch=fetch)

@@ -29,7 +29,7 @@ class HubFiles:
 
 def on_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, **sizes: int) -> HubFiles:
     files = HubFiles(folder, {name.replace("__", "."): size for name, size in sizes.items()})
-    monkeypatch.setattr("swarm.server.adapters.fetching.find_on_hub", lambda *_: (files, set(files.sizes)))
+    monkeypatch.setattr("swarm.adapter_hub.find_on_hub", lambda *_: (files, set(files.sizes)))
     return files
 
 
@@ -66,6 +66,6 @@ def test_what_the_hub_says(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(*_: object) -> None:
         raise ModelNotFound("it is gated")
 
-    monkeypatch.setattr("swarm.server.adapters.fetching.find_on_hub", find)
+    monkeypatch.setattr("swarm.adapter_hub.find_on_hub", find)
     with pytest.raises(AdapterError, match="cannot fetch the adapter org/a: it is gated"):
         fetch_adapter("org/a", 100)

@@ -20,12 +20,13 @@ import torch
 from swarm.data_structures import MAX_ANNOUNCED_ADAPTERS, AdapterRef
 from swarm.errors import AdapterError, AdapterNotHere, CacheFull, EngineError, SwarmError, UsageError
 from swarm.protocol import RowAdapters, row_adapters
-from swarm.server.adapters import registry as registry_module
+from swarm.server.adapters import folders as folders_module
 from swarm.server.adapters import sources as sources_module
 from swarm.server.adapters.applied import Adapter
+from swarm.server.adapters.downloads import MAX_FETCHING
 from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix, LinearForm
 from swarm.server.adapters.importing import Manifest
-from swarm.server.adapters.registry import MAX_FETCHING, AdapterRegistry, Lease
+from swarm.server.adapters.registry import AdapterRegistry, Lease
 from swarm.server.adapters.sources import Source, keep_looking, look_again, look_through, register_all
 from swarm.server.kv_cache import KVCache
 
@@ -158,8 +159,8 @@ class Fixture:
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFiles]:
     files = FakeFiles()
-    monkeypatch.setattr(registry_module, "read_manifest", files.read_manifest)
-    monkeypatch.setattr(registry_module, "import_adapter", files.import_adapter)
+    monkeypatch.setattr(folders_module, "read_manifest", files.read_manifest)
+    monkeypatch.setattr(folders_module, "import_adapter", files.import_adapter)
     yield files
     if files.gate is not None:
         files.gate.set()
@@ -497,7 +498,7 @@ async def test_trouble_that_is_not_the_adapters_fault(
     with await fake.lease("b"):
         with monkeypatch.context() as patch:
             if where == "import":
-                patch.setattr(registry_module, "import_adapter", fail)
+                patch.setattr(folders_module, "import_adapter", fail)
             else:
                 patch.setattr(fake.blocks, "add", fail)
             with pytest.raises(SwarmError, match=r"no memory|files changed|no disk"):
@@ -795,8 +796,8 @@ def test_a_server_ends_while_it_downloads() -> None:
         from no_adapters import empty_registry
 
         async def main():
-            registry, started = empty_registry(), threading.Event()
-            registry._fetch = lambda *_: (started.set(), threading.Event().wait())
+            started = threading.Event()
+            registry = empty_registry(fetch=lambda *_: (started.set(), threading.Event().wait()))
             fetching = asyncio.create_task(registry.fetch("org/a"))
             await asyncio.to_thread(started.wait)
             fetching.cancel()

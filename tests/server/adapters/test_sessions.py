@@ -33,7 +33,7 @@ from swarm.protocol import (
     row_adapters,
 )
 from swarm.rpc import open_stream
-from swarm.server.adapters import registry as registry_module
+from swarm.server.adapters import folders as folders_module
 from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix, LinearForm
 from swarm.server.adapters.importing import Manifest
 from swarm.tensors import decode, encode
@@ -81,9 +81,9 @@ async def adapters(world: World, bystander: Client, forms: Any, monkeypatch: pyt
             raise AdapterError("broken has no tensors")
         return large if folder.name == "large" else contents[folder.name]
 
-    monkeypatch.setattr(registry_module, "_stamp_of", lambda folder: ())
-    monkeypatch.setattr(registry_module, "read_manifest", lambda folder: Manifest("x", digest_of(folder.name), 1, "x"))
-    monkeypatch.setattr(registry_module, "import_adapter", import_adapter)
+    monkeypatch.setattr(folders_module, "_stamp_of", lambda folder: ())
+    monkeypatch.setattr(folders_module, "read_manifest", lambda folder: Manifest("x", digest_of(folder.name), 1, "x"))
+    monkeypatch.setattr(folders_module, "import_adapter", import_adapter)
     world.registry._useless.clear()
     for name in (*NAMES, "broken", "large"):
         await world.registry.register(name.replace(" ", "-"), Path(name))
