@@ -13,7 +13,8 @@ import typer
 
 from swarm.errors import ModelNotServed, UsageError
 
-from .options import InitialPeers, required_peers, set_up_logging
+from .logs import Verbose, set_up_logging
+from .options import InitialPeers, required_peers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,7 @@ def adapters(
     ],
     initial_peers: InitialPeers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """List the adapters that the servers of a model have."""
     peers = required_peers(initial_peers)

@@ -11,7 +11,8 @@ import typer
 
 from swarm.errors import UsageError
 
-from .options import InitialPeers, required_peers, set_up_logging
+from .logs import Verbose, set_up_logging
+from .options import InitialPeers, required_peers
 
 if TYPE_CHECKING:
     from swarm.node import Node
@@ -35,7 +36,7 @@ def health(
             show_default=False,
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Show models, blocks and servers of a swarm. Exits with 1 if a model is incomplete or absent."""
     if not once:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,8 @@ import typer
 
 from swarm.errors import UsageError
 
-from .options import InitialPeers, set_up_logging
+from .logs import LogJson, Verbose, adopt_loggers, say, set_up_logging
+from .options import InitialPeers
 
 if TYPE_CHECKING:
     from swarm.server.config import ServerConfig
@@ -127,11 +127,13 @@ def run_server(
             "--stop-with-stdin", help="Also stop when standard input closes (for programs that start servers)."
         ),
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
+    log_json: LogJson = False,
 ) -> None:
     """Serve blocks of MODEL. Prints `READY <address>` when it can serve; SIGTERM drains and exits 0."""
     from .serving import StdinWatch, run_until_stopped
 
+    set_up_logging(verbose, log_json)
     watch = StdinWatch() if stop_with_stdin else None
     peers = check_peers(new_swarm, initial_peers)
     from pydantic import ValidationError
@@ -145,7 +147,6 @@ def run_server(
         raise UsageError("--port and --host-maddrs exclude each other: write the port into the address")
     if blocks is not None and num_blocks is not None:
         raise UsageError("--blocks and --num-blocks exclude each other")
-    set_up_logging(verbose)
     try:
         config = ServerConfig(
             model=model,
@@ -197,5 +198,6 @@ async def _serve(config: ServerConfig) -> None:
 
     from .serving import serve
 
-    server = Server(config, report=lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
+    adopt_loggers()
+    server = Server(config, report=say)
     await serve(server)

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
+
+from .logs import say
 
 #: After the parent is gone, an orderly end may take this many seconds.
 ORPHAN_GRACE = 20.0
@@ -78,15 +79,16 @@ def _ask_to_cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Future[None]) 
         loop.call_soon_threadsafe(task.cancel)
 
 
-async def serve(peer: Peer) -> None:
+async def serve(peer: Peer, on_ready: Callable[[], None] = lambda: None) -> None:
     """Start a peer, say READY, serve. Being cancelled is how it is told to stop: it then ends in order."""
     address = await peer.start()
+    on_ready()
     print(f"READY {address}", flush=True)
     serving = asyncio.ensure_future(peer.serve_until_stopped())
     try:
         await asyncio.shield(serving)
     except asyncio.CancelledError:
-        print("stopping ...", file=sys.stderr, flush=True)
+        say("stopping")
         peer.stop()
         # A second signal ends the drain.
         await serving
