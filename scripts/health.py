@@ -47,7 +47,7 @@ def health(
 
     from .health_summary import problems, to_json
 
-    summary = uvloop.run(_look(tuple(peers)))
+    summary = uvloop.run(look(tuple(peers)))
     found = problems(summary, model or ())
     if as_json:
         print(json.dumps(to_json(summary, found)))
@@ -61,7 +61,7 @@ def health(
         raise typer.Exit(1)
 
 
-async def _look(initial_peers: tuple[str, ...]) -> tuple[ModelHealth, ...]:
+async def look(initial_peers: tuple[str, ...]) -> tuple[ModelHealth, ...]:
     """The health of every model of a swarm, seen from a node that joins for this purpose. Raises NetworkError."""
     from swarm.dht import Directory, ServerRecord
     from swarm.node import Node, NodeConfig

@@ -38,6 +38,9 @@ SUBCOMMANDS = {
     "generate": Subcommand("swarm.scripts.generate", "generate", "Complete a prompt over the swarm."),
     "chat": Subcommand("swarm.scripts.chat", "chat", "Chat with a model over the swarm."),
     "health": Subcommand("swarm.scripts.health", "health", "Show models, blocks and servers of a swarm."),
+    "models": Subcommand(
+        "swarm.scripts.list_models", "list_models", "List the models of a swarm, and whether each is complete."
+    ),
     "adapters": Subcommand("swarm.scripts.adapters", "adapters", "List the adapters that the servers of a model have."),
     "servers": Subcommand("swarm.scripts.servers", "servers", "List the servers that you run on this machine."),
     "pause": Subcommand(

@@ -91,7 +91,6 @@ def _listed(servers: Iterable[OwnServer]) -> str:
 
 
 def _is_called(server: ServerStatus, which: str) -> bool:
-    by_peer_id = len(which) >= _SHORTEST_PEER_ID and (
-        server.peer_id.startswith(which) or server.peer_id.endswith(which.removeprefix("..."))
-    )
-    return which == str(server.pid) or which == server.public_name or by_peer_id
+    part = which.removeprefix("...")  # tables show the end of a peer id so
+    by_peer_id = len(part) >= _SHORTEST_PEER_ID and (server.peer_id.startswith(which) or server.peer_id.endswith(part))
+    return which == str(server.pid) or (which != "" and which == server.public_name) or by_peer_id

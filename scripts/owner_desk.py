@@ -74,7 +74,7 @@ class OwnerDesk:
 
 @asynccontextmanager
 async def open_to_owner(desk: OwnerDesk) -> AsyncIterator[None]:
-    """Keep a socket by which the owner reaches the desk, while the context lasts. Without it a server serves as well."""
+    """Keep a socket by which the owner reaches the desk, while the context lasts. A server serves without it, too."""
     counter = _Counter(desk)
     keeping = asyncio.create_task(counter.keep_open())
     try:
