@@ -200,4 +200,4 @@ async def _serve(config: ServerConfig) -> None:
 
     adopt_loggers()
     server = Server(config, report=say)
-    await serve(server)
+    await serve(server, drain_time=config.drain_time)
