@@ -27,8 +27,6 @@ _CHECK_PERIOD = 30.0
 class Pausable(Protocol):
     """What the owner may do with a server. All of it on the server's loop, and harmless when repeated."""
 
-    def status(self) -> str: ...
-
     async def pause(self) -> None: ...
 
     async def resume(self) -> None: ...
@@ -37,8 +35,8 @@ class Pausable(Protocol):
 class OwnerDesk:
     """Does what the owner asks, one thing after the other."""
 
-    def __init__(self, server: Pausable, describe: Callable[[str], ServerStatus]):
-        """describe: the server's `ServerStatus` with this state."""
+    def __init__(self, server: Pausable, describe: Callable[[], ServerStatus]):
+        """describe: says how the server is now; asked from its first moment on, before it has a peer id or a model."""
         self._server = server
         self._describe = describe
         self._ready = False
@@ -50,7 +48,8 @@ class OwnerDesk:
 
     @property
     def status(self) -> ServerStatus:
-        return self._describe(self._server.status() if self._ready else "starting")
+        status = self._describe()
+        return status if self._ready else status.model_copy(update={"state": "starting"})
 
     async def answer(self, request: OwnerRequest) -> OwnerAnswer:
         """Returns once it is done, or could not be done."""

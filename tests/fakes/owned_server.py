@@ -21,9 +21,6 @@ class OwnedServer:
         self.may_pause = asyncio.Event()
         self._how = how
 
-    def status(self) -> str:
-        return self.state
-
     async def pause(self) -> None:
         if self._how == "slow":
             self.state = "draining"
@@ -40,8 +37,8 @@ async def main(name: str, how: str) -> None:
     server = OwnedServer(how)
     desk = OwnerDesk(
         server,
-        lambda state: ServerStatus(
-            pid=os.getpid(), public_name=name, peer_id=f"QmPeerOf{name}", model="tiny", span="0:4", state=state
+        lambda: ServerStatus(
+            pid=os.getpid(), public_name=name, peer_id=f"QmPeerOf{name}", model="tiny", span="0:4", state=server.state
         ),
     )
     if how != "starting":

@@ -191,7 +191,7 @@ async def test_a_socket_that_was_taken_away_comes_back(folder: Path, monkeypatch
     """As when a user logs out, whose folder is then removed."""
     monkeypatch.setattr(owner_desk, "_CHECK_PERIOD", 0.02)
     server = owned_server.OwnedServer("well")
-    desk = OwnerDesk(server, lambda state: ServerStatus(pid=os.getpid(), state=state))
+    desk = OwnerDesk(server, lambda: ServerStatus(pid=os.getpid(), state=server.state))
     path = folder / f"{os.getpid()}.sock"
 
     async def appears() -> None:
