@@ -19,8 +19,8 @@ async def test_a_server_ends_with_its_engine(tiny_llama_folder: Path, monkeypatc
         ServerConfig(model=str(tiny_llama_folder), host_maddrs=("/ip4/127.0.0.1/tcp/0",), cache_tokens=64, threads=1)
     )
     await server.start()
-    engine = server._engine
-    assert engine is not None
+    assert server._hosting is not None
+    engine = server._hosting.engine
 
     def bug(*args: Any) -> None:
         raise RuntimeError("a bug of ours")
