@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 #: A server that chooses its blocks waits so many seconds for others who choose at the same moment, and chooses anew
 #: so many times at most.
 _CHOOSING_TIME = 1.0
-_MAX_CHOICES = 5
+_MAX_CHOICES = 10
 
 
 class Server:
@@ -139,6 +139,11 @@ class Server:
         if self._announcer is not None:
             await self._announcer.announce()
 
+    async def _announce_quietly(self, state: ServerState) -> None:
+        """The same; if the swarm does not answer, the heartbeat will tell it."""
+        with contextlib.suppress(NetworkError):
+            await self.announce(state)
+
     async def _choose_span(self) -> BlockSpan:
         """The part of the model that the swarm holds worst, announced.
 
@@ -168,8 +173,7 @@ class Server:
         """
         self.span = span
         self._known_speed = self._setup.known_speed(span)
-        with contextlib.suppress(NetworkError):  # the heartbeat will tell
-            await self.announce(ServerState.JOINING)
+        await self._announce_quietly(ServerState.JOINING)
         assert self._announcer is not None
         loaded = await in_daemon_thread(lambda: self._load(span))
         self._hosting = await Hosting.start(
@@ -180,16 +184,14 @@ class Server:
             on_death=self._engine_died.set,
         )
         self._handler.open(self._hosting)
-        self.state = ServerState.ONLINE
-        self._announcer.touch()
+        await self._announce_quietly(ServerState.ONLINE)
 
     def _load(self, span: BlockSpan) -> Loaded:
         return load_blocks(self._setup, span, self._report)
 
     async def _let_go(self) -> None:
         """Drain, and give the memory of the blocks back."""
-        with contextlib.suppress(NetworkError):  # the heartbeat will tell
-            await self.announce(ServerState.DRAINING)
+        await self._announce_quietly(ServerState.DRAINING)
         await self._handler.drain(self.config.drain_time)
         self._handler.close()
         hosting, self._hosting = self._hosting, None
@@ -250,8 +252,7 @@ class Server:
                 return
             await self._stop_moving()
             await self._let_go()
-            with contextlib.suppress(NetworkError):  # the heartbeat will tell
-                await self.announce(ServerState.OFFLINE)
+            await self._announce_quietly(ServerState.OFFLINE)
             self._report("paused")
 
     async def resume(self) -> None:
@@ -265,7 +266,7 @@ class Server:
             try:
                 await self._host(self.config.blocks or await self._choose_span())
             except BaseException:
-                self.state = ServerState.OFFLINE
+                await self._announce_quietly(ServerState.OFFLINE)
                 raise
             self._start_moving()
             self._report(f"serving blocks {self.span}")
