@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,9 @@ from .options import InitialPeers
 
 if TYPE_CHECKING:
     from swarm.server.config import ServerConfig
+    from swarm.server.server import Server
+
+    from .owner_messages import ServerStatus
 
 
 class DType(StrEnum):
@@ -209,8 +213,29 @@ def check_peers(new_swarm: bool, initial_peers: list[str] | None) -> tuple[str, 
 async def _serve(config: ServerConfig) -> None:
     from swarm.server.server import Server
 
+    from .owner_desk import OwnerDesk, open_to_owner
     from .serving import serve
 
     adopt_loggers()
     server = Server(config, report=say)
-    await serve(server, drain_time=config.drain_time)
+    desk = OwnerDesk(server, lambda: _status(server))
+    async with open_to_owner(desk):
+        await serve(server, desk.open, config.drain_time)
+
+
+def _status(server: Server) -> ServerStatus:
+    """A server as its owner sees it; it learns its peer id, its model and its blocks while it starts."""
+    from swarm.data_structures import ServerState
+
+    from .owner_messages import ServerStatus
+
+    paused = server.state is ServerState.OFFLINE  # and not gone: this process lives
+    node, model, span = (getattr(server, name, None) for name in ("node", "model", "span"))
+    return ServerStatus(
+        pid=os.getpid(),
+        public_name=server.config.public_name[:64],
+        peer_id="" if node is None else node.peer_id,
+        model="" if model is None else model.name,
+        span="" if span is None or paused else str(span),
+        state="paused" if paused else server.state.value,
+    )
