@@ -152,6 +152,8 @@ class _Counter:
             await self._serve(reader, writer)
         except (OSError, TimeoutError):
             pass  # the caller is gone, or does not talk
+        except asyncio.CancelledError:
+            pass  # this server ends; Python 3.11 would complain of a caller's task that was cancelled
         except ProtocolError as error:
             logger.warning("could not read a request of this server's owner: %s", error)
         finally:

@@ -11,7 +11,6 @@ from typing import Any
 
 import noisy_process
 import pytest
-import stubborn_peer
 
 from swarm.scripts.logs import JsonFormatter
 
@@ -70,27 +69,3 @@ def test_what_callers_add_is_kept(lines: tuple[bool, list[dict[str, Any]]]) -> N
 def test_levels_have_their_usual_names(level: int, name: str) -> None:
     record = logging.LogRecord("x", level, "", 0, "%s", ("text",), None)
     assert json.loads(JsonFormatter().format(record))["level"] == name
-
-
-@pytest.mark.parametrize(
-    ("how", "code", "last"),
-    [
-        ("loads", 0, "stopped while starting ..."),
-        ("stays", 1, "error: this peer could not leave the swarm in order, so it ends as it is"),
-    ],
-)
-def test_a_peer_ends_though_something_does_not(how: str, code: int, last: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, stubborn_peer.__file__, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "starting\n"
-        if how == "stays":
-            assert process.stdout.readline().startswith("READY ")
-        process.terminate()
-        _, errors = process.communicate(timeout=PATIENCE)
-        assert (process.returncode, errors.splitlines()[-1]) == (code, last)
-    finally:
-        process.kill()
-        process.wait()

@@ -152,8 +152,12 @@ def test_a_server_that_ends_while_its_owner_waits(run_swarm: Callable[..., Any],
 
 
 def test_what_dead_processes_leave_behind_is_removed(run_swarm: Callable[..., Any], start: Start, folder: Path) -> None:
-    start("first"), start("second").kill()
-    wait_until(lambda: list(states(run_swarm)) == ["first"])
+    start("first")
+    dead = start("second")
+    dead.kill()
+    dead.wait()
+    assert len(list(folder.iterdir())) == 2
+    assert list(states(run_swarm)) == ["first"]
     assert len(list(folder.iterdir())) == 1
     assert run_swarm("pause").code == 0  # it is the only one
 

@@ -1,4 +1,4 @@
-"""What a `run-server` process says from its start to its end, and how it is ended while somebody holds a session."""
+"""What a `run-server` process says from its start to its end, and that it ends though somebody or something stays."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stubborn_peer
 import torch
 
 from swarm import AutoSwarmModelForCausalLM
@@ -115,3 +116,28 @@ def test_stopped_before_it_is_ready(run: Callable[..., Running]) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
     assert json.loads(server.said[-1])["message"] == "stopped while starting"
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "last"),
+    [
+        ("waits", 0, "stopped while starting ..."),
+        ("computes", 0, "stopped while starting ..."),
+        ("stays", 1, "error: this peer could not leave the swarm in order, so it ends as it is"),
+    ],
+)
+def test_a_peer_ends_though_something_does_not(how: str, code: int, last: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, stubborn_peer.__file__, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "starting\n"
+        if how == "stays":
+            assert process.stdout.readline().startswith("READY ")
+        process.terminate()
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, errors.splitlines()[-1]) == (code, last)
+    finally:
+        process.kill()
+        process.wait()
