@@ -30,9 +30,11 @@ def list_models(
     set_up_logging(verbose)
     import uvloop
 
+    from swarm.node import NodeConfig
+
     from .health import look
 
-    summary = uvloop.run(look(tuple(peers)))
+    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), listen=False)))
     if as_json:
         print(json.dumps(to_json(summary)))
     else:
