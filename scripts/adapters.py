@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 #: Models named in an error message.
 _MAX_MODELS_LISTED = 10
-#: Wide enough for every column where there is no terminal to tell us.
-_WIDTH_OF_FILES = 160
 
 
 def adapters(
@@ -131,16 +129,14 @@ def to_json(summary: AdapterSummary) -> dict[str, Any]:
 def print_table(summary: AdapterSummary, console: Console | None = None) -> None:
     """On stdout. Names come from strangers, so they are printed as text and never as markup."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from swarm.routing.snapshot import format_blocks
 
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=_WIDTH_OF_FILES)
+    from .tables import table_console
+
+    console = console or table_console()
     model = summary.model
     console.print(Text(f"{model.name}  fingerprint {model.fingerprint[:12]}, {model.num_blocks} blocks"))
     if summary.adapters:

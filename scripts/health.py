@@ -15,7 +15,7 @@ from .logs import Verbose, set_up_logging
 from .options import InitialPeers, required_peers
 
 if TYPE_CHECKING:
-    from swarm.node import Node
+    from swarm.node import Node, NodeConfig
 
     from .health_summary import ModelHealth
 
@@ -45,9 +45,11 @@ def health(
     set_up_logging(verbose)
     import uvloop
 
+    from swarm.node import NodeConfig
+
     from .health_summary import problems, to_json
 
-    summary = uvloop.run(look(tuple(peers)))
+    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), listen=False)))
     found = problems(summary, model or ())
     if as_json:
         print(json.dumps(to_json(summary, found)))
@@ -61,14 +63,14 @@ def health(
         raise typer.Exit(1)
 
 
-async def look(initial_peers: tuple[str, ...]) -> tuple[ModelHealth, ...]:
+async def look(config: NodeConfig) -> tuple[ModelHealth, ...]:
     """The health of every model of a swarm, seen from a node that joins for this purpose. Raises NetworkError."""
     from swarm.dht import Directory, ServerRecord
-    from swarm.node import Node, NodeConfig
+    from swarm.node import Node
 
     from .health_summary import summarize
 
-    node = await Node.start(NodeConfig(initial_peers=initial_peers, listen=False))
+    node = await Node.start(config)
     try:
         directory = Directory(node)
         models = await directory.models()

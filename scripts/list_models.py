@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from .health_summary import ModelHealth
 
-#: Wide enough for every column where there is no terminal to tell us.
-_WIDTH_OF_FILES = 160
-
 
 def list_models(
     initial_peers: InitialPeers = None,
@@ -30,9 +27,11 @@ def list_models(
     set_up_logging(verbose)
     import uvloop
 
+    from swarm.node import NodeConfig
+
     from .health import look
 
-    summary = uvloop.run(look(tuple(peers)))
+    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), listen=False)))
     if as_json:
         print(json.dumps(to_json(summary)))
     else:
@@ -65,14 +64,12 @@ def to_json(summary: Sequence[ModelHealth]) -> dict[str, Any]:
 def print_table(summary: Sequence[ModelHealth], console: Console | None = None) -> None:
     """On stdout. Names come from strangers, so they are printed as text and never as markup."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=_WIDTH_OF_FILES)
+    from .tables import table_console
+
+    console = console or table_console()
     models = to_json(summary)["models"]
     if not models:
         console.print("no server of this swarm serves any model")

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from swarm.errors import ProtocolError, SwarmError, UsageError
 
-from .owner_folder import make_folder
+from .owner_folder import list_sockets, make_folder
 from .owner_messages import MAX_LINE, Action, OwnerAnswer, OwnerRequest, ServerStatus, request_from_line, to_line
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class _Counter:
         self._complained = False
 
     async def keep_open(self) -> None:
+        await asyncio.to_thread(list_sockets)  # tidies up after servers that were killed
         while True:
             if not self._is_there():
                 self._stop_listening()

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
     from .owner_messages import ServerStatus
 
-#: Wide enough for every column where there is no terminal to tell us.
-_WIDTH_OF_FILES = 160
-
 
 def servers(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """List the servers that you run on this machine: for `swarm pause` and `swarm resume`."""
@@ -32,14 +29,12 @@ def servers(as_json: Annotated[bool, typer.Option("--json", help="Print JSON ins
 def print_table(found: Sequence[ServerStatus], console: Console | None = None) -> None:
     """On stdout."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=_WIDTH_OF_FILES)
+    from .tables import table_console
+
+    console = console or table_console()
     if not found:
         console.print("this user runs no servers on this machine")
         return

@@ -162,6 +162,14 @@ def test_what_dead_processes_leave_behind_is_removed(run_swarm: Callable[..., An
     assert run_swarm("pause").code == 0  # it is the only one
 
 
+def test_a_new_server_tidies_up(start: Start, folder: Path) -> None:
+    dead = start("dead")
+    dead.kill()
+    dead.wait()
+    process = start("new")
+    assert [path.name for path in folder.iterdir()] == [f"{process.pid}.sock"]
+
+
 def test_without_servers(run_swarm: Callable[..., Any]) -> None:
     assert run_swarm("servers").out == "this user runs no servers on this machine\n"
     done = run_swarm("pause", "--all")
