@@ -51,7 +51,9 @@ class Setup:
         return recall(self.speed_key(blocks))
 
     def speed_key(self, blocks: BlockSpan) -> SpeedKey:
-        return SpeedKey.here(self.model.fingerprint, self.numerics, len(blocks), self.device)
+        key = SpeedKey.here(self.model.fingerprint, self.numerics, len(blocks), self.device)
+        # torch's number of threads is each thread's own, and those that load and compute have set it.
+        return key if self.config.threads is None else key.model_copy(update={"threads": self.config.threads})
 
 
 class Loaded(NamedTuple):
