@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +29,9 @@ from .span import Span
 from .speed_store import Speed, SpeedKey, recall
 from .throughput import known_or_measured_speed
 
+_STOP_TIMEOUT = 10.0  # seconds that the batch that runs may take to its end
+_STOP_POLL = 0.01
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -51,7 +55,9 @@ class Setup:
         return recall(self.speed_key(blocks))
 
     def speed_key(self, blocks: BlockSpan) -> SpeedKey:
-        return SpeedKey.here(self.model.fingerprint, self.numerics, len(blocks), self.device)
+        key = SpeedKey.here(self.model.fingerprint, self.numerics, len(blocks), self.device)
+        # torch's number of threads is each thread's own, and those that load and compute have set it.
+        return key if self.config.threads is None else key.model_copy(update={"threads": self.config.threads})
 
 
 class Loaded(NamedTuple):
@@ -151,7 +157,12 @@ class Hosting:
         for task in self._looking:
             task.cancel()
         self.adapters.close()
-        await asyncio.to_thread(self.engine.stop)
+        self.engine.ask_to_stop()
+        # Not by a thread that waits: it would hold on to the engine, and so to all tensors, a little longer than this.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_TIMEOUT):
+                while self.engine.is_running:
+                    await asyncio.sleep(_STOP_POLL)
 
 
 def load_blocks(setup: Setup, blocks: BlockSpan, report: Callable[[str], None]) -> Loaded:

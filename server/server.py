@@ -271,6 +271,10 @@ class Server:
             self._start_moving()
             self._report(f"serving blocks {self.span}")
 
+    def status(self) -> str:
+        """In a word, for the owner: joining, online, draining or paused."""
+        return "paused" if self.state is ServerState.OFFLINE else self.state.value
+
     # --- what others are told ---
 
     def _info(self) -> ServerInfo:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.data_structures import BlockSpan, ServerState
+from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.errors import EngineError, ModelNotFound, UsageError
 from swarm.server.config import ServerConfig
 from swarm.server.hosting import Loaded
@@ -102,6 +102,22 @@ async def test_a_server_that_moves_serves_its_new_blocks(server: Server) -> None
     assert await announced(server) == [(ServerState.ONLINE, "3:7")]
     assert str(server._handler.engine.span.blocks) == "3:7"
     assert not server._handler.draining
+
+
+async def test_while_it_loads_a_server_announces_how_fast_it_will_be(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server._hosting is not None
+    speed, load, seen = server._hosting.speed, server._load, list[ServerInfo]()
+
+    def watched(span: BlockSpan) -> Loaded:
+        seen.append(server._info())
+        return load(span)
+
+    monkeypatch.setattr(server, "_load", watched)
+    await server.move(BlockSpan(start=3, end=7))
+    (info,) = seen
+    assert (info.state, info.decode_times) == (ServerState.JOINING, speed.decode_times)
 
 
 async def test_a_server_that_cannot_load_other_blocks_goes_back(
