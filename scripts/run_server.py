@@ -225,17 +225,15 @@ async def _serve(config: ServerConfig) -> None:
 
 def _status(server: Server) -> ServerStatus:
     """A server as its owner sees it; it learns its peer id, its model and its blocks while it starts."""
-    from swarm.data_structures import ServerState
-
     from .owner_messages import ServerStatus
 
-    paused = server.state is ServerState.OFFLINE  # and not gone: this process lives
     node, model, span = (getattr(server, name, None) for name in ("node", "model", "span"))
+    state = server.status()
     return ServerStatus(
         pid=os.getpid(),
         public_name=server.config.public_name[:64],
         peer_id="" if node is None else node.peer_id,
         model="" if model is None else model.name,
-        span="" if span is None or paused else str(span),
-        state="paused" if paused else server.state.value,
+        span="" if span is None or state == "paused" else str(span),
+        state=state,
     )
