@@ -13,7 +13,8 @@ import typer
 
 from swarm.errors import ModelNotServed, UsageError
 
-from .options import InitialPeers, required_peers, set_up_logging
+from .logs import Verbose, set_up_logging
+from .options import InitialPeers, required_peers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 #: Models named in an error message.
 _MAX_MODELS_LISTED = 10
-#: Wide enough for every column where there is no terminal to tell us.
-_WIDTH_OF_FILES = 160
 
 
 def adapters(
@@ -34,7 +33,7 @@ def adapters(
     ],
     initial_peers: InitialPeers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """List the adapters that the servers of a model have."""
     peers = required_peers(initial_peers)
@@ -130,16 +129,14 @@ def to_json(summary: AdapterSummary) -> dict[str, Any]:
 def print_table(summary: AdapterSummary, console: Console | None = None) -> None:
     """On stdout. Names come from strangers, so they are printed as text and never as markup."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from swarm.routing.snapshot import format_blocks
 
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=_WIDTH_OF_FILES)
+    from .tables import table_console
+
+    console = console or table_console()
     model = summary.model
     console.print(Text(f"{model.name}  fingerprint {model.fingerprint[:12]}, {model.num_blocks} blocks"))
     if summary.adapters:

@@ -13,7 +13,8 @@ import typer
 
 from swarm.errors import UsageError
 
-from .options import Adapter, InitialPeers, required_peers, set_up_logging
+from .logs import Verbose, set_up_logging
+from .options import Adapter, InitialPeers, required_peers
 from .run_server import DType
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def chat(
     show_route: Annotated[
         bool, typer.Option("--show-route/--no-show-route", help="Print the chain and where a token's time went.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Chat with a model over the swarm. Lines may also come from a pipe: one message each."""
     from rich.console import Console

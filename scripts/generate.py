@@ -11,7 +11,8 @@ import typer
 
 from swarm.errors import UsageError
 
-from .options import Adapter, InitialPeers, required_peers, set_up_logging
+from .logs import Verbose, set_up_logging
+from .options import Adapter, InitialPeers, required_peers
 from .run_server import DType
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def generate(
         bool, typer.Option("--show-route/--no-show-route", help="Print the chain and where a token's time went.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its figures as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Complete a prompt over the swarm, streaming to stdout. The route and the speed go to stderr."""
     from rich.console import Console

@@ -11,10 +11,11 @@ import typer
 
 from swarm.errors import UsageError
 
-from .options import InitialPeers, required_peers, set_up_logging
+from .logs import Verbose, set_up_logging
+from .options import InitialPeers, required_peers
 
 if TYPE_CHECKING:
-    from swarm.node import Node
+    from swarm.node import Node, NodeConfig
 
     from .health_summary import ModelHealth
 
@@ -35,7 +36,7 @@ def health(
             show_default=False,
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Show models, blocks and servers of a swarm. Exits with 1 if a model is incomplete or absent."""
     if not once:
@@ -44,9 +45,11 @@ def health(
     set_up_logging(verbose)
     import uvloop
 
+    from swarm.node import NodeConfig
+
     from .health_summary import problems, to_json
 
-    summary = uvloop.run(_look(tuple(peers)))
+    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), listen=False)))
     found = problems(summary, model or ())
     if as_json:
         print(json.dumps(to_json(summary, found)))
@@ -60,14 +63,14 @@ def health(
         raise typer.Exit(1)
 
 
-async def _look(initial_peers: tuple[str, ...]) -> tuple[ModelHealth, ...]:
+async def look(config: NodeConfig) -> tuple[ModelHealth, ...]:
     """The health of every model of a swarm, seen from a node that joins for this purpose. Raises NetworkError."""
     from swarm.dht import Directory, ServerRecord
-    from swarm.node import Node, NodeConfig
+    from swarm.node import Node
 
     from .health_summary import summarize
 
-    node = await Node.start(NodeConfig(initial_peers=initial_peers, listen=False))
+    node = await Node.start(config)
     try:
         directory = Directory(node)
         models = await directory.models()

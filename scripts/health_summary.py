@@ -24,14 +24,27 @@ class ModelHealth:
     round_trips: Mapping[str, float]
 
     @cached_property
+    def serving(self) -> tuple[ServerRecord, ...]:
+        """The servers that are online and answered. Others serve nobody here."""
+        return tuple(
+            server
+            for server in self.servers
+            if server.info.state is ServerState.ONLINE and server.peer_id in self.round_trips
+        )
+
+    @cached_property
     def replicas(self) -> tuple[int, ...]:
-        """For each block: how many servers hold it that are online and answered. Others serve nobody here."""
+        """For each block: how many of the serving servers hold it."""
         holders = [0] * self.model.num_blocks
-        for server in self.servers:
-            if server.info.state is ServerState.ONLINE and server.peer_id in self.round_trips:
-                for block in server.info.span.blocks():
-                    holders[block] += 1
+        for server in self.serving:
+            for block in server.info.span.blocks():
+                holders[block] += 1
         return tuple(holders)
+
+    @property
+    def num_adapters(self) -> int:
+        """Different ones that the serving servers have, whether for all blocks or not."""
+        return len({adapter.digest for server in self.serving for adapter in server.info.adapters})
 
     @property
     def missing_blocks(self) -> tuple[int, ...]:

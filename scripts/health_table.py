@@ -14,19 +14,14 @@ from swarm.data_structures import ServerState
 from swarm.dht import ServerRecord
 
 from .health_summary import ModelHealth
-
-#: Wide enough for every column where there is no terminal to tell us.
-_WIDTH_OF_FILES = 160
+from .tables import table_console
 
 _STATE_STYLES = {ServerState.ONLINE: "green", ServerState.JOINING: "cyan", ServerState.DRAINING: "yellow"}
 
 
 def print_tables(summary: Iterable[ModelHealth], console: Console | None = None) -> None:
     """A headline, a bar of blocks and a table of servers for each model, on stdout."""
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=_WIDTH_OF_FILES)
+    console = console or table_console()
     for health in summary:
         console.print(_headline(health))
         console.print(Padding(_bar(health.replicas), (0, 0, 0, 2)))

@@ -18,6 +18,7 @@ import typer.main
 from swarm import __version__
 from swarm.errors import SwarmError, UsageError
 
+from .logs import say_error
 from .options import spread_addresses
 
 
@@ -37,7 +38,15 @@ SUBCOMMANDS = {
     "generate": Subcommand("swarm.scripts.generate", "generate", "Complete a prompt over the swarm."),
     "chat": Subcommand("swarm.scripts.chat", "chat", "Chat with a model over the swarm."),
     "health": Subcommand("swarm.scripts.health", "health", "Show models, blocks and servers of a swarm."),
+    "models": Subcommand(
+        "swarm.scripts.list_models", "list_models", "List the models of a swarm, and whether each is complete."
+    ),
     "adapters": Subcommand("swarm.scripts.adapters", "adapters", "List the adapters that the servers of a model have."),
+    "servers": Subcommand("swarm.scripts.servers", "servers", "List the servers that you run on this machine."),
+    "pause": Subcommand(
+        "swarm.scripts.pause", "pause", "Unload a server of yours, to have the machine back for a while."
+    ),
+    "resume": Subcommand("swarm.scripts.pause", "resume", "Let a paused server of yours serve again."),
     "demo": Subcommand(
         "swarm.scripts.demo", "demo", "Start a swarm on this machine, kill a server, compare every token."
     ),
@@ -112,8 +121,7 @@ def report(run: Callable[[], Any]) -> int:
     except SwarmError as error:
         if os.environ.get("SWARM_DEBUG") == "1":
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
+        say_error(" ".join(str(error).split()) or type(error).__name__)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130

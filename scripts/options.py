@@ -1,10 +1,8 @@
-"""What several commands have in common: addresses on the command line, logging, stopping."""
+"""What several commands have in common: addresses and adapters on the command line."""
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -62,13 +60,3 @@ def required_peers(initial_peers: Sequence[str] | None) -> list[str]:
     if not peers:
         raise UsageError("say which swarm: --initial-peers ADDR... with the address of a live peer")
     return peers
-
-
-def set_up_logging(verbose: bool) -> None:
-    """Warnings (or, if `verbose`, everything of interest) on stderr, one line each."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )

@@ -10,7 +10,8 @@ import typer
 
 from swarm.errors import NetworkError, UsageError
 
-from .options import InitialPeers, set_up_logging
+from .logs import LogJson, Verbose, adopt_loggers, set_up_logging
+from .options import InitialPeers
 
 if TYPE_CHECKING:
     from swarm.node import Node, NodeConfig
@@ -35,18 +36,19 @@ def run_bootstrap(
         bool,
         typer.Option("--stop-with-stdin", help="Also stop when standard input closes (for programs that start us)."),
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
+    log_json: LogJson = False,
 ) -> None:
     """Run a peer without blocks. Without --initial-peers it starts a swarm. Prints `READY <address>`."""
     from .serving import StdinWatch, run_until_stopped
 
+    set_up_logging(verbose, log_json)
     watch = StdinWatch() if stop_with_stdin else None
     from swarm.addresses import split_addresses
     from swarm.node import NodeConfig
 
     if host_maddrs and port:
         raise UsageError("--port and --host-maddrs exclude each other: write the port into the address")
-    set_up_logging(verbose)
     config = NodeConfig(
         initial_peers=tuple(split_addresses(initial_peers or [])),
         host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
@@ -73,6 +75,7 @@ class Bootstrap:
     async def start(self) -> str:
         from swarm.node import Node
 
+        adopt_loggers()
         self._node = await Node.start(self._config)
         return await self._node.ready_address()
 

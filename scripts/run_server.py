@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,10 +11,14 @@ import typer
 
 from swarm.errors import UsageError
 
-from .options import InitialPeers, set_up_logging
+from .logs import LogJson, Verbose, adopt_loggers, say, set_up_logging
+from .options import InitialPeers
 
 if TYPE_CHECKING:
     from swarm.server.config import ServerConfig
+    from swarm.server.server import Server
+
+    from .owner_messages import ServerStatus
 
 
 class DType(StrEnum):
@@ -138,11 +142,13 @@ def run_server(
             "--stop-with-stdin", help="Also stop when standard input closes (for programs that start servers)."
         ),
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    verbose: Verbose = False,
+    log_json: LogJson = False,
 ) -> None:
     """Serve blocks of MODEL. Prints `READY <address>` when it can serve; SIGTERM drains and exits 0."""
     from .serving import StdinWatch, run_until_stopped
 
+    set_up_logging(verbose, log_json)
     watch = StdinWatch() if stop_with_stdin else None
     peers = check_peers(new_swarm, initial_peers)
     from pydantic import ValidationError
@@ -156,7 +162,6 @@ def run_server(
         raise UsageError("--port and --host-maddrs exclude each other: write the port into the address")
     if blocks is not None and num_blocks is not None:
         raise UsageError("--blocks and --num-blocks exclude each other")
-    set_up_logging(verbose)
     try:
         config = ServerConfig(
             model=model,
@@ -208,7 +213,27 @@ def check_peers(new_swarm: bool, initial_peers: list[str] | None) -> tuple[str, 
 async def _serve(config: ServerConfig) -> None:
     from swarm.server.server import Server
 
+    from .owner_desk import OwnerDesk, open_to_owner
     from .serving import serve
 
-    server = Server(config, report=lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
-    await serve(server)
+    adopt_loggers()
+    server = Server(config, report=say)
+    desk = OwnerDesk(server, lambda: _status(server))
+    async with open_to_owner(desk):
+        await serve(server, desk.open, config.drain_time)
+
+
+def _status(server: Server) -> ServerStatus:
+    """A server as its owner sees it; it learns its peer id, its model and its blocks while it starts."""
+    from .owner_messages import ServerStatus
+
+    node, model, span = (getattr(server, name, None) for name in ("node", "model", "span"))
+    state = server.status()
+    return ServerStatus(
+        pid=os.getpid(),
+        public_name=server.config.public_name[:64],
+        peer_id="" if node is None else node.peer_id,
+        model="" if model is None else model.name,
+        span="" if span is None or state == "paused" else str(span),
+        state=state,
+    )

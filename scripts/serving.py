@@ -11,8 +11,18 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from .logs import say, say_error
+
+_STDIN = "stdin"  # the name of the thread that watches it
+
 #: After the parent is gone, an orderly end may take this many seconds.
 ORPHAN_GRACE = 20.0
+
+#: Once a peer has left the swarm, threads that still load something have this many seconds to end.
+THREAD_GRACE = 5.0
+
+#: Leaving takes a second or two, and each step of it gives up after some; this many seconds are more than all together.
+LEAVE_GRACE = 60.0
 
 
 class Peer(Protocol):
@@ -32,7 +42,7 @@ class StdinWatch:
         self._on_close: Callable[[], None] | None = None
         self._closed = False
         self._lock = threading.Lock()
-        threading.Thread(target=self._watch, name="stdin", daemon=True).start()
+        threading.Thread(target=self._watch, name=_STDIN, daemon=True).start()
 
     def on_close(self, action: Callable[[], None]) -> None:
         """Call `action` (from another thread) when it closes; at once if it did already."""
@@ -46,9 +56,7 @@ class StdinWatch:
         with contextlib.suppress(OSError):
             while os.read(0, 4096):
                 pass
-        timer = threading.Timer(ORPHAN_GRACE, os._exit, args=(1,))
-        timer.daemon = True
-        timer.start()
+        _end_after(ORPHAN_GRACE, lambda: os._exit(1))
         with self._lock:
             self._closed = True
             action = self._on_close
@@ -60,7 +68,7 @@ def run_until_stopped(make: Callable[[], Coroutine[Any, Any, None]], watch: Stdi
     """Run a peer's coroutine on a fresh event loop; signals and `watch` cancel it."""
     import uvloop
 
-    async def main() -> None:
+    async def main() -> threading.Timer:
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(make())
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,8 +77,26 @@ def run_until_stopped(make: Callable[[], Coroutine[Any, Any, None]], watch: Stdi
             watch.on_close(lambda: _ask_to_cancel(loop, task))
         with contextlib.suppress(asyncio.CancelledError):
             await task
+        return _end_after(THREAD_GRACE, lambda: os._exit(0))
 
-    uvloop.run(main())
+    uvloop.run(main()).cancel()  # returns once the threads of its pool have ended
+    _end_beside_threads()
+
+
+def _end_beside_threads() -> None:
+    """End the process if other threads still work. They are daemons, which the interpreter's end would stop in the
+    middle of native code, and that aborts the process."""
+    if any(thread.name != _STDIN for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _end_after(seconds: float, end: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _ask_to_cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Future[None]) -> None:
@@ -78,15 +104,34 @@ def _ask_to_cancel(loop: asyncio.AbstractEventLoop, task: asyncio.Future[None]) 
         loop.call_soon_threadsafe(task.cancel)
 
 
-async def serve(peer: Peer) -> None:
-    """Start a peer, say READY, serve. Being cancelled is how it is told to stop: it then ends in order."""
-    address = await peer.start()
+async def serve(peer: Peer, on_ready: Callable[[], None] = lambda: None, drain_time: float = 0.0) -> None:
+    """Start a peer, say READY, serve. Being cancelled is how it is told to stop: it then ends in order.
+
+    drain_time: seconds that its sessions may take to move. If it has not left LEAVE_GRACE seconds after those, the
+    process ends all the same, with 1.
+    """
+    try:
+        address = await peer.start()
+    except asyncio.CancelledError:
+        say("stopped while starting")
+        raise
+    on_ready()
     print(f"READY {address}", flush=True)
     serving = asyncio.ensure_future(peer.serve_until_stopped())
     try:
         await asyncio.shield(serving)
     except asyncio.CancelledError:
-        print("stopping ...", file=sys.stderr, flush=True)
+        say("stopping")
+        limit = _end_after(drain_time + LEAVE_GRACE, _give_up)
         peer.stop()
         # A second signal ends the drain.
-        await serving
+        try:
+            await serving
+        finally:
+            limit.cancel()
+
+
+def _give_up() -> None:
+    say_error("this peer could not leave the swarm in order, so it ends as it is")
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,98 @@
+"""`swarm models`: the models of a swarm, a line each, and whether each is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .logs import Verbose, set_up_logging
+from .options import InitialPeers, required_peers
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .health_summary import ModelHealth
+
+
+def list_models(
+    initial_peers: InitialPeers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the models of a swarm. Exits with 0 though some are incomplete; `swarm health --once` is the probe."""
+    peers = required_peers(initial_peers)
+    set_up_logging(verbose)
+    import uvloop
+
+    from swarm.node import NodeConfig
+
+    from .health import look
+
+    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), listen=False)))
+    if as_json:
+        print(json.dumps(to_json(summary)))
+    else:
+        print_table(summary)
+
+
+def to_json(summary: Sequence[ModelHealth]) -> dict[str, Any]:
+    """servers: that are online and answer. replicas: of the block that fewest of them hold, at `weakest_blocks`."""
+    from swarm.routing.snapshot import format_blocks
+
+    return {
+        "models": [
+            {
+                "name": health.model.name,
+                "fingerprint": health.model.fingerprint,
+                "num_blocks": health.model.num_blocks,
+                "complete": health.complete,
+                "covered_blocks": health.model.num_blocks - len(health.missing_blocks),
+                "missing_blocks": format_blocks(health.missing_blocks),
+                "servers": len(health.serving),
+                "replicas": min(health.replicas),
+                "weakest_blocks": format_blocks(_weakest(health)),
+                "adapters": health.num_adapters,
+            }
+            for health in summary
+        ]
+    }
+
+
+def print_table(summary: Sequence[ModelHealth], console: Console | None = None) -> None:
+    """On stdout. Names come from strangers, so they are printed as text and never as markup."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from .tables import table_console
+
+    console = console or table_console()
+    models = to_json(summary)["models"]
+    if not models:
+        console.print("no server of this swarm serves any model")
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("model", "fingerprint", "", "blocks", "missing"):
+        table.add_column(name, overflow="fold")
+    for name in ("servers", "least replicas", "adapters"):
+        table.add_column(name, justify="right")
+    for model in models:
+        table.add_row(
+            Text(model["name"]),
+            Text(model["fingerprint"][:12]),
+            Text("complete", "green") if model["complete"] else Text("incomplete", "bold red"),
+            Text(f"{model['covered_blocks']} of {model['num_blocks']}"),
+            Text(model["missing_blocks"] or "-", "bold red" if model["missing_blocks"] else ""),
+            Text(str(model["servers"])),
+            Text(f"{model['replicas']} (blocks {model['weakest_blocks']})" if model["complete"] else "0"),
+            Text(str(model["adapters"])),
+        )
+    console.print(table)
+
+
+def _weakest(health: ModelHealth) -> list[int]:
+    fewest = min(health.replicas)
+    return [block for block, count in enumerate(health.replicas) if count == fewest]
