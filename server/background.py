@@ -1,12 +1,12 @@
-"""Work in a thread that the end of the program does not wait for."""
+"""Work that the end of the program does not wait for, and work that is not left half done."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -38,3 +38,13 @@ async def in_daemon_thread(function: Callable[[], Result]) -> Result:
 
     threading.Thread(target=run, name="background", daemon=True).start()
     return await future
+
+
+async def uninterrupted(work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` returns or raises. Whoever cancels this waits until it is done; only twice is in earnest."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

@@ -4,60 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from swarm.checkpoint import Checkpoint
-from swarm.data_structures import BlockSpan, ModelInfo
+from swarm.data_structures import BlockSpan
 
 from .adapters.cost_model import AdapterCosts
 from .adapters.costs import known_or_measured_costs
 from .adapters.fetching import fetch_adapter
 from .adapters.registry import AdapterRegistry
-from .adapters.sources import Source, keep_looking, register_all
-from .config import Quantization, ServerConfig
+from .adapters.sources import keep_looking, register_all
 from .engine import Engine
 from .eviction import EvictionLimits
 from .kv_cache import KVCache
 from .load_average import LoadAverage
 from .sessions import SessionTable
-from .sizing import Plan
+from .setup import Setup
 from .span import Span
-from .speed_store import Speed, SpeedKey, recall
+from .speed_store import Speed
 from .throughput import known_or_measured_speed
 
 _STOP_TIMEOUT = 10.0  # seconds that the batch that runs may take to its end
 _STOP_POLL = 0.01
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What stays as it is when a server takes other blocks.
-
-    sizes: how many blocks fit, and the cache beside them. numerics: see `ServerInfo`.
-    """
-
-    config: ServerConfig
-    checkpoint: Checkpoint
-    model: ModelInfo
-    dtype: torch.dtype
-    quantization: Quantization
-    device: torch.device
-    numerics: str
-    sizes: Plan
-    sources: Sequence[Source]
-
-    def known_speed(self, blocks: BlockSpan) -> Speed | None:
-        """How fast so many blocks ran here before."""
-        return recall(self.speed_key(blocks))
-
-    def speed_key(self, blocks: BlockSpan) -> SpeedKey:
-        key = SpeedKey.here(self.model.fingerprint, self.numerics, len(blocks), self.device)
-        # torch's number of threads is each thread's own, and those that load and compute have set it.
-        return key if self.config.threads is None else key.model_copy(update={"threads": self.config.threads})
 
 
 class Loaded(NamedTuple):

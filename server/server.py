@@ -7,33 +7,26 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-import torch
-
 import swarm
 from swarm.addresses import only_relayed
-from swarm.architectures import architecture_of, check_span, num_blocks
-from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
-from swarm.errors import EngineError, NetworkError, SwarmError, UsageError
+from swarm.errors import EngineError, NetworkError, SwarmError
 from swarm.node import Node, NodeConfig
 from swarm.routing.placement import choose_span, keep_or_choose, makes_room
 from swarm.routing.rebalancing import RebalancingPolicy
 
 from .adapters.sources import Source
 from .announcer import Announcer
-from .background import in_daemon_thread
+from .background import in_daemon_thread, uninterrupted
 from .config import ServerConfig
 from .engine import Load
 from .handler import Handler
 from .heap import give_back
-from .hosting import Hosting, Loaded, Setup, load_blocks
-from .memory import usable_memory
+from .hosting import Hosting, Loaded, load_blocks
 from .mover import Mover
-from .numerics import numerics_tag
-from .precision import choose_dtype, choose_quantization, has_native_bfloat16
 from .quotas import PeerQuotas
-from .sizing import BlockSize, Plan, block_size, plan
+from .setup import Setup, device_of, open_model, set_up
 from .speed_store import Speed
 
 logger = logging.getLogger(__name__)
@@ -74,13 +67,13 @@ class Server:
         Raises UsageError, NetworkError or NotSupported; nothing is left running then.
         """
         config = self.config
-        device = _device(config.device)
+        device = device_of(config.device)
         sources = [Source.parse(text) for text in config.adapters]
         # Joining mostly waits, opening the checkpoint mostly imports transformers: side by side.
         joining = asyncio.create_task(self._join())
         self._report(f"opening {config.model}")
         try:
-            checkpoint, fingerprint = await in_daemon_thread(lambda: _open(config))
+            checkpoint, fingerprint = await in_daemon_thread(lambda: open_model(config))
             self.node = await joining
         except BaseException:
             joining.cancel()
@@ -89,7 +82,7 @@ class Server:
                     await result.stop()
             raise
         try:
-            self._setup = await in_daemon_thread(lambda: _set_up(config, checkpoint, fingerprint, device, sources))
+            self._setup = await in_daemon_thread(lambda: set_up(config, checkpoint, fingerprint, device, sources))
             return await self._start_serving()
         except BaseException:
             await self._leave()
@@ -174,8 +167,11 @@ class Server:
         self.span = span
         self._known_speed = self._setup.known_speed(span)
         await self._announce_quietly(ServerState.JOINING)
-        assert self._announcer is not None
         loaded = await in_daemon_thread(lambda: self._load(span))
+        await uninterrupted(self._open(loaded))
+
+    async def _open(self, loaded: Loaded) -> None:
+        assert self._announcer is not None
         self._hosting = await Hosting.start(
             self._setup,
             loaded,
@@ -237,7 +233,7 @@ class Server:
         """
         before = self.span
         self._report(f"moving from blocks {before} to {span}, where the swarm needs them more")
-        await self._let_go()
+        await uninterrupted(self._let_go())
         try:
             await self._host(span)
         except (SwarmError, OSError, RuntimeError, MemoryError) as error:
@@ -343,67 +339,3 @@ class Server:
         if self._hosting is not None:
             await self._hosting.close()
         await self.node.stop()
-
-
-def _open(config: ServerConfig) -> tuple[Checkpoint, str]:
-    checkpoint = open_checkpoint(config.model, revision=config.revision)
-    architecture_of(checkpoint.config)  # imports the model's code, which takes seconds, while the node joins
-    return checkpoint, checkpoint.fingerprint()
-
-
-def _set_up(
-    config: ServerConfig, checkpoint: Checkpoint, fingerprint: str, device: torch.device, sources: list[Source]
-) -> Setup:
-    """Raises UsageError or BadSpan."""
-    dtype = choose_dtype(config.dtype, checkpoint.dtype, has_native_bfloat16(device))
-    quantization = choose_quantization(config.quantization, device)
-    model = ModelInfo(name=checkpoint.name[:128], fingerprint=fingerprint, num_blocks=num_blocks(checkpoint.config))
-    if config.blocks is not None:
-        check_span(config.blocks, model.num_blocks, checkpoint.name)
-    size = block_size(
-        checkpoint.config,
-        dtype=dtype,
-        quantization=quantization,
-        device=device,
-        max_batch_tokens=config.max_batch_tokens,
-    )
-    kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
-    return Setup(
-        config=config,
-        checkpoint=checkpoint,
-        model=model,
-        dtype=dtype,
-        quantization=quantization,
-        device=device,
-        numerics=numerics_tag(dtype, quantization, device),
-        sizes=_plan(config, model.num_blocks, size, device, f"{checkpoint.name} in {kind}"),
-        sources=sources,
-    )
-
-
-def _plan(config: ServerConfig, whole: int, size: BlockSize, device: torch.device, label: str) -> Plan:
-    """How many blocks to serve, those asked for or what the memory holds, and the cache. Raises UsageError."""
-    asked = config.num_blocks if config.blocks is None else len(config.blocks)
-    if asked is not None and asked > whole:
-        raise UsageError(f"--num-blocks {asked} is more than the model's {whole} blocks; choose fewer")
-    memory = usable_memory(device, config.max_memory)
-    if config.takes_adapters:
-        memory = max(0, memory - config.adapter_memory)
-        label += f", beside {config.adapter_memory.human_readable(decimal=True)} for adapters (--adapter-memory),"
-    return plan(memory, size, label, fewest=asked or 1, most=asked or whole, cache_tokens=config.cache_tokens)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"no such device: {name!r}; write cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"blocks cannot be served on {name!r}; write cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda is not available here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
-        )
-    return device

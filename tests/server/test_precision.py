@@ -55,7 +55,7 @@ def test_bfloat16_is_native_where_the_kernel_lists_its_instructions() -> None:
 async def test_a_server_announces_what_it_chose(
     native: bool, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarm.server.server.has_native_bfloat16", lambda device: native)
+    monkeypatch.setattr("swarm.server.setup.has_native_bfloat16", lambda device: native)
     server = Server(
         ServerConfig(model=str(tiny_llama_folder), host_maddrs=("/ip4/127.0.0.1/tcp/0",), cache_tokens=64, threads=1)
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import weakref
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +166,40 @@ async def test_a_server_that_can_load_nothing_any_more_ends(tiny_llama_folder: P
     with pytest.raises(ModelNotFound, match="the disk is gone"):
         await server.serve_until_stopped()
     assert server.node._stopped is not None
+
+
+async def test_a_pause_in_the_middle_of_a_move_loses_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it falls: while the old blocks are let go, while the new ones are loaded, while they are opened."""
+    open_, let_go = server._open, server._let_go
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    spans = weakref.WeakSet[Any]()
+
+    async def slowly(loaded: Loaded) -> None:
+        spans.add(loaded.span)
+        reached.set()
+        await go_on.wait()
+        await open_(loaded)
+
+    async def go_slowly() -> None:
+        reached.set()
+        await go_on.wait()
+        await let_go()
+
+    for name, slow in (("_open", slowly), ("_let_go", go_slowly)):
+        reached.clear()
+        go_on.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(server, name, slow)
+            assert server._mover is not None
+            server._mover.check = partial(server.move, BlockSpan(start=3, end=7))  # type: ignore[method-assign]
+            server._mover._alarm.set()
+            await reached.wait()
+            pausing = asyncio.create_task(server.pause())
+            await asyncio.sleep(0)
+            go_on.set()
+            await pausing
+        assert (server.state, server._hosting, server._moving) == (ServerState.OFFLINE, None, None)
+        assert [thread.name for thread in threading.enumerate() if thread.name == "engine"] == []
+        assert not spans
+        await server.resume()
+        assert [state for state, _ in await announced(server)] == [ServerState.ONLINE]
