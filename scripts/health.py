@@ -11,10 +11,10 @@ import typer
 
 from swarm.errors import UsageError
 
-from .options import InitialPeers, required_peers, set_up_logging
+from .options import InitialPeers, SwarmKeyFile, required_peers, set_up_logging
 
 if TYPE_CHECKING:
-    from swarm.node import Node
+    from swarm.node import Node, NodeConfig
 
     from .health_summary import ModelHealth
 
@@ -25,6 +25,7 @@ _READS_AT_ONCE = 16
 
 def health(
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and print what there is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     model: Annotated[
@@ -44,9 +45,11 @@ def health(
     set_up_logging(verbose)
     import uvloop
 
+    from swarm.node import NodeConfig
+
     from .health_summary import problems, to_json
 
-    summary = uvloop.run(_look(tuple(peers)))
+    summary = uvloop.run(_look(NodeConfig(initial_peers=tuple(peers), swarm_key=swarm_key, listen=False)))
     found = problems(summary, model or ())
     if as_json:
         print(json.dumps(to_json(summary, found)))
@@ -60,14 +63,14 @@ def health(
         raise typer.Exit(1)
 
 
-async def _look(initial_peers: tuple[str, ...]) -> tuple[ModelHealth, ...]:
+async def _look(config: NodeConfig) -> tuple[ModelHealth, ...]:
     """The health of every model of a swarm, seen from a node that joins for this purpose. Raises NetworkError."""
     from swarm.dht import Directory, ServerRecord
-    from swarm.node import Node, NodeConfig
+    from swarm.node import Node
 
     from .health_summary import summarize
 
-    node = await Node.start(NodeConfig(initial_peers=initial_peers, listen=False))
+    node = await Node.start(config)
     try:
         directory = Directory(node)
         models = await directory.models()

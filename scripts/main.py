@@ -38,6 +38,7 @@ SUBCOMMANDS = {
     "chat": Subcommand("swarm.scripts.chat", "chat", "Chat with a model over the swarm."),
     "health": Subcommand("swarm.scripts.health", "health", "Show models, blocks and servers of a swarm."),
     "adapters": Subcommand("swarm.scripts.adapters", "adapters", "List the adapters that the servers of a model have."),
+    "make-key": Subcommand("swarm.scripts.make_key", "make_key", "Make the key of a private swarm."),
     "demo": Subcommand(
         "swarm.scripts.demo", "demo", "Start a swarm on this machine, kill a server, compare every token."
     ),

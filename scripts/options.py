@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,17 @@ InitialPeers = Annotated[
         help="Addresses of live peers: `A B`, `A,B` or the option repeated. Any live one suffices.",
         show_default=False,
         metavar="ADDR...",
+    ),
+]
+
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key",
+        help="Key of a private swarm, as `swarm make-key` writes it: all of its peers have the same, strangers are "
+        "kept out.",
+        show_default=False,
+        metavar="FILE",
     ),
 ]
 

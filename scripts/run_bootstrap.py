@@ -10,7 +10,7 @@ import typer
 
 from swarm.errors import NetworkError, UsageError
 
-from .options import InitialPeers, set_up_logging
+from .options import InitialPeers, SwarmKeyFile, set_up_logging
 
 if TYPE_CHECKING:
     from swarm.node import Node, NodeConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def run_bootstrap(
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -52,6 +53,7 @@ def run_bootstrap(
         host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
         announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
         identity_path=identity_path,
+        swarm_key=swarm_key,
     )
     run_until_stopped(lambda: _serve(config), watch)
 
