@@ -70,6 +70,8 @@ class SwarmKey:
     @classmethod
     def parse(cls, content: bytes) -> SwarmKey | None:
         """The key in a file's content, None if there is none."""
+        if len(content) > _MAX_FILE_BYTES:
+            return None
         try:
             heading, digits = content.decode("ascii").split("\n", 1)
             secret = bytes.fromhex(digits)
