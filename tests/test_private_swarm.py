@@ -15,9 +15,11 @@ import pytest
 import torch
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.proto import runtime_pb2
 from hivemind.utils import MSGPackSerializer
+from impostor import as_impostor, impostors
 from transformers import AutoModelForCausalLM
 
 from swarm import AutoSwarmModelForCausalLM
@@ -188,13 +190,13 @@ class IntruderServer:
         for kind in (INFERENCE_STREAM, PUSH_STREAM, PASS_STREAM):
             await p2p.add_binary_stream_handler(kind, self._hear)
 
-    async def rpc_info(self, request: Any, context: Any) -> Any:
+    async def rpc_info(self, request: runtime_pb2.ExpertUID, context: P2PContext) -> runtime_pb2.ExpertInfo:
         self.heard.append("info")
-        raise NotImplementedError
+        return runtime_pb2.ExpertInfo(serialized_info=self.info.model_dump_json().encode())
 
-    async def rpc_upload(self, request: Any, context: Any) -> Any:
+    async def rpc_upload(self, request: runtime_pb2.ExpertInfo, context: P2PContext) -> runtime_pb2.ExpertUID:
         self.heard.append("upload")
-        raise NotImplementedError
+        return runtime_pb2.ExpertUID(uid=str(len(request.serialized_info)))
 
     async def _hear(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.heard.append(f"{info.proto}: {await reader.read(1000)!r}")
@@ -217,10 +219,14 @@ def test_an_intruder_that_announces_itself_gets_no_activations(
     plain: Any,
     keys: Path,
     tiny_llama_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Even if a member is tricked into spreading its record."""
+    """Even if a member is tricked into spreading its record, and it shows the tag of another server."""
     fingerprint = open_checkpoint(str(tiny_llama_folder)).fingerprint()
-    intruder = IntruderServer(start_node())
+    with impostors(monkeypatch):
+        intruder = IntruderServer(start_node(swarm_key=keys / "wrong"))
+    control = as_impostor(intruder.thread.node)
+    control.pretend(SwarmKey.load(keys / "right").tag(PeerID.from_base58(swarm.servers[0].peer_id).to_bytes()))
     intruder.thread.run(intruder.serve(), LIMIT)
     key, subkey, value, expires = intruder.record(fingerprint)
     tricked = start_node(swarm_key=keys / "right", initial_peers=tuple(swarm.initial_peers))
@@ -244,6 +250,7 @@ def test_an_intruder_that_announces_itself_gets_no_activations(
             assert {link.peer_id for link in session.chain} == {server.peer_id for server in swarm.servers}
         assert tokens.tolist() == plain.generate(prompt(), max_new_tokens=24, do_sample=False).tolist()
         assert torch.isfinite(model(prompt(), use_cache=False).logits).all()  # a pass, as in training
+        assert model.connection.thread.node.peer_id in control.greeted_by
     finally:
         model.close()
     assert intruder.heard == []

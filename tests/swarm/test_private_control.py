@@ -15,6 +15,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.proto import runtime_pb2
+from impostor import as_impostor, impostors
 
 from swarm import private_control
 from swarm.addresses import peer_id_of, without_peer_id
@@ -193,31 +194,13 @@ async def test_a_stranger_gets_nothing_from_a_member(swarm: Swarm, start: Callab
     assert await server_info(swarm.member.p2p, swarm.server.peer_id, LIMIT) == INFO  # and the server lives on
 
 
-class Impostor(PrivateControl):
-    """A stranger with software of his own: he shows a tag that he copied, and takes whatever others say."""
-
-    copied: bytes = b""
-    questions: list[str]
-
-    async def meet(self, peer_id: PeerID) -> None:
-        pass
-
-    def _check(self, greeting: bytes, peer_id: PeerID) -> None:
-        self._greeting = GREETING + self.copied
-        if greeting.startswith(GREETING):
-            self.questions.append(str(peer_id))
-
-
 @pytest.fixture
 async def impostor(swarm: Swarm, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Node:
     """Shows the tag of `member`."""
-    tag = SwarmKey.load(swarm.keys / "right").tag(PeerID.from_base58(swarm.member.peer_id).to_bytes())
-    with monkeypatch.context() as patch:
-        patch.setattr(private_control, "PrivateControl", Impostor)
+    with impostors(monkeypatch):
         node: Node = await start(swarm_key=swarm.keys / "wrong")
-    mine = control(node)
-    assert isinstance(mine, Impostor)
-    mine.copied, mine.questions, mine._greeting = tag, [], GREETING + tag
+    key = SwarmKey.load(swarm.keys / "right")
+    as_impostor(node).pretend(key.tag(PeerID.from_base58(swarm.member.peer_id).to_bytes()))
     await swarm.meet(node)
     return node
 
@@ -246,8 +229,7 @@ async def test_nothing_is_said_to_strangers(swarm: Swarm, impostor: Node, start:
         )
         assert node.dht.protocol.storage.get(key) is None
     assert listener.heard == []
-    mine = control(impostor)
-    assert isinstance(mine, Impostor) and swarm.server.peer_id in mine.questions  # he was reached, and heard no more
+    assert swarm.server.peer_id in as_impostor(impostor).greeted_by  # he was reached, and heard no more
 
 
 async def test_strangers_who_say_nothing_do_not_keep_members_out(
