@@ -13,6 +13,8 @@ from .errors import PeerRefused
 
 #: What members of a private swarm ask each other first, see `private_control`.
 MEMBER_QUESTION = "petswarm/member/1"
+#: Seconds for its answer.
+MEETING_TIMEOUT = 10.0
 
 
 class SturdyControl(ControlClient):
@@ -36,9 +38,10 @@ class SturdyControl(ControlClient):
                 return
 
     async def meet(self, peer_id: PeerID) -> None:
-        """Find out why a peer does not answer. Raises PeerRefused if that is for want of a swarm key."""
+        """Find out why a peer does not answer. Raises PeerRefused if that is for want of a swarm key, or TimeoutError."""
         try:
-            await self.call_unary_handler(peer_id, MEMBER_QUESTION, b"")
+            async with asyncio.timeout(MEETING_TIMEOUT):
+                await self.call_unary_handler(peer_id, MEMBER_QUESTION, b"")
         except P2PHandlerError as error:
             raise PeerRefused(
                 f"peer {peer_id} answers, but its swarm is private: give its key with --swarm-key FILE (swarm_key=... "

@@ -93,12 +93,14 @@ class InitialPeers:
                     refusals += 1
                     if refusals == _REFUSALS:
                         return False
+                except TimeoutError:
+                    pass
                 await asyncio.sleep(_PING_AGAIN)
         except P2PDaemonError as error:
             self._reasons[peer_id] = _dial_reason(str(error))
         except ValidationError as error:
             self._reasons[peer_id] = str(error)
-        except (OSError, EOFError) as error:  # also a TimeoutError
+        except (OSError, EOFError) as error:
             self._reasons[peer_id] = f"p2pd failed: {error!r}"
         else:
             self._dht.blacklist.register_success(peer)

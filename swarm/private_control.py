@@ -20,7 +20,7 @@ from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import StreamHandler, TUnaryHandler
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
-from .control import MEMBER_QUESTION, SturdyControl, make_sturdy
+from .control import MEETING_TIMEOUT, MEMBER_QUESTION, SturdyControl, make_sturdy
 from .errors import PeerRefused, to_wire
 from .membership import TAG_BYTES, SwarmKey
 from .protocol import ErrorReply
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 GREETING = b"petswarm/member1"
 _GREETING_BYTES = len(GREETING) + TAG_BYTES
 
-_PATIENCE = 10.0  # seconds for a stranger to greet, for a server to answer a greeting, and to read why it was refused
+_PATIENCE = 10.0  # seconds for whoever opens a stream to greet, and to read why he was refused
 _LINGER = 1.0  # seconds that somebody who was refused has to read why, and to stop sending
 #: Members that are remembered; whoever is forgotten is met again.
 _MAX_MEMBERS = 10_000
@@ -66,7 +66,7 @@ class PrivateControl(SturdyControl):
             self._members.move_to_end(peer_id)
             return
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(MEETING_TIMEOUT):
                 tag = await super().call_unary_handler(peer_id, MEMBER_QUESTION, self._greeting)
         except P2PHandlerError as error:
             raise PeerRefused(
