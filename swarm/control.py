@@ -38,7 +38,7 @@ class SturdyControl(ControlClient):
                 return
 
     async def meet(self, peer_id: PeerID) -> None:
-        """Find out why a peer does not answer. Raises PeerRefused if that is for want of a swarm key, or TimeoutError."""
+        """Find out why a peer does not answer. Raises PeerRefused if it is for want of a swarm key, or TimeoutError."""
         try:
             async with asyncio.timeout(MEETING_TIMEOUT):
                 await self.call_unary_handler(peer_id, MEMBER_QUESTION, b"")
