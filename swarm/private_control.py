@@ -114,11 +114,14 @@ class PrivateControl(SturdyControl):
 
     def _check(self, greeting: bytes, peer_id: PeerID) -> None:
         """Raises PeerRefused, in words for that peer, unless it is a member."""
-        if not greeting.startswith(GREETING):
-            raise PeerRefused("this swarm is private: join it with its key, --swarm-key FILE (in Python swarm_key=...)")
-        if not self._key.is_tag(greeting[len(GREETING) :], peer_id.to_bytes()):
+        greets = greeting.startswith(GREETING)
+        if greets and self._key.is_tag(greeting[len(GREETING) :], peer_id.to_bytes()):
+            self._remember(peer_id)
+            return
+        logger.info("refused %s, who is not in our private swarm", peer_id)
+        if greets:
             raise PeerRefused("this swarm is private, and your swarm key is not its key")
-        self._remember(peer_id)
+        raise PeerRefused("this swarm is private: join it with its key, --swarm-key FILE (in Python swarm_key=...)")
 
     def _remember(self, peer_id: PeerID) -> None:
         self._members[peer_id] = None
@@ -149,7 +152,6 @@ class PrivateControl(SturdyControl):
             self._check(greeting, peer_id)
             return True
         except PeerRefused as error:
-            logger.info("refused a stream of %s, who is not in our private swarm", peer_id)
             await _turn_away(FrameStream(reader, writer), error)
         except (TimeoutError, asyncio.IncompleteReadError, OSError):
             pass
