@@ -165,6 +165,7 @@ def test_a_stranger_is_refused_whatever_he_tries_and_the_sessions_of_members_go_
         stranger.run(try_everything(stranger.node), 10 * LIMIT)
         last = model.generate(first, max_new_tokens=16, do_sample=False)
         assert not session.replacements
+        assert [hop.pushed for hop in session.report().hops] == [False, True]  # members push to members
     assert last.tolist() == expected.tolist()
 
 
