@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,9 @@ class ClientConfig(BaseModel):
 
     initial_peers: tuple[str, ...] = ()
     """Multiaddresses of live peers, each with its /p2p/ part; any one of them suffices."""
+
+    swarm_key: Path | None = None
+    """Key file of a private swarm; all of its peers have the same key. None: the swarm is open to all."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the client's embeddings and head, and of what it sends. "auto": as stored in the checkpoint."""

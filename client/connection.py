@@ -31,7 +31,12 @@ class SwarmConnection:
         self.num_blocks = num_blocks(checkpoint.config)
         fingerprint = checkpoint.fingerprint()
         self.thread = NodeThread.start(
-            NodeConfig(initial_peers=config.initial_peers, listen=False, join_timeout=config.join_timeout)
+            NodeConfig(
+                initial_peers=config.initial_peers,
+                swarm_key=config.swarm_key,
+                listen=False,
+                join_timeout=config.join_timeout,
+            )
         )
         try:
             node = self.thread.node

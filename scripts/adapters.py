@@ -14,13 +14,14 @@ import typer
 from swarm.errors import ModelNotServed, UsageError
 
 from .logs import Verbose, set_up_logging
-from .options import InitialPeers, required_peers
+from .options import InitialPeers, SwarmKeyFile, required_peers
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from swarm.data_structures import ModelInfo
     from swarm.dht import ServerRecord
+    from swarm.node import NodeConfig
 
 #: Models named in an error message.
 _MAX_MODELS_LISTED = 10
@@ -32,6 +33,7 @@ def adapters(
         typer.Argument(help="A local folder, a model's name, or the start of its fingerprint.", show_default=False),
     ],
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -40,8 +42,12 @@ def adapters(
     set_up_logging(verbose)
     import uvloop
 
+    from swarm.node import NodeConfig
+
     name = _fingerprint_of(model) if Path(model).expanduser().is_dir() else model
-    found, records = uvloop.run(_look(tuple(peers), model, name))
+    found, records = uvloop.run(
+        _look(NodeConfig(initial_peers=tuple(peers), swarm_key=swarm_key, listen=False), model, name)
+    )
     summary = summarize(found, records)
     if as_json:
         print(json.dumps(to_json(summary)))
@@ -189,12 +195,12 @@ def _fingerprint_of(folder: str) -> str:
     return open_checkpoint(folder).fingerprint()
 
 
-async def _look(initial_peers: tuple[str, ...], given: str, name: str) -> tuple[ModelInfo, list[ServerRecord]]:
+async def _look(config: NodeConfig, given: str, name: str) -> tuple[ModelInfo, list[ServerRecord]]:
     """The model and the records of its servers, seen from a node that joins for this purpose. Raises NetworkError."""
     from swarm.dht import Directory
-    from swarm.node import Node, NodeConfig
+    from swarm.node import Node
 
-    node = await Node.start(NodeConfig(initial_peers=initial_peers, listen=False))
+    node = await Node.start(config)
     try:
         directory = Directory(node)
         model = choose_model((await directory.models()).values(), given, name)

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Answer:
 def connected(
     model: str,
     initial_peers: Sequence[str],
+    swarm_key: Path | None = None,
     *,
     revision: str | None,
     dtype: str,
@@ -72,6 +74,7 @@ def connected(
     llm = AutoSwarmModelForCausalLM.from_pretrained(
         model,
         initial_peers=list(initial_peers),
+        swarm_key=swarm_key,
         revision=revision,
         dtype=dtype,
         show_route=show_route,

@@ -14,7 +14,7 @@ import typer
 from swarm.errors import UsageError
 
 from .logs import Verbose, set_up_logging
-from .options import Adapter, InitialPeers, required_peers
+from .options import Adapter, InitialPeers, SwarmKeyFile, required_peers
 from .run_server import DType
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 def chat(
     model: Annotated[str, typer.Argument(help="A local folder or a hub id.", show_default=False)],
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     adapter: Adapter = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
     max_length: Annotated[
@@ -55,7 +56,13 @@ def chat(
         from . import answering
 
         connection = answering.connected(
-            model, peers, revision=revision, dtype=dtype.value, show_route=show_route, adapter=adapter
+            model,
+            peers,
+            swarm_key,
+            revision=revision,
+            dtype=dtype.value,
+            show_route=show_route,
+            adapter=adapter,
         )
         with connection as (llm, tokenizer):
             status.stop()

@@ -12,7 +12,7 @@ import typer
 from swarm.errors import UsageError
 
 from .logs import Verbose, set_up_logging
-from .options import Adapter, InitialPeers, required_peers
+from .options import Adapter, InitialPeers, SwarmKeyFile, required_peers
 from .run_server import DType
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def generate(
     model: Annotated[str, typer.Argument(help="A local folder or a hub id.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="The text to go on with.", show_default=False)],
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     adapter: Adapter = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 64,
     max_length: Annotated[
@@ -58,7 +59,13 @@ def generate(
 
         sampling = answering.Sampling(max_new_tokens, temperature, top_p, top_k)
         connection = answering.connected(
-            model, peers, revision=revision, dtype=dtype.value, show_route=show_route, adapter=adapter
+            model,
+            peers,
+            swarm_key,
+            revision=revision,
+            dtype=dtype.value,
+            show_route=show_route,
+            adapter=adapter,
         )
         with connection as (llm, tokenizer):
             status.stop()

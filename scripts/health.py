@@ -12,7 +12,7 @@ import typer
 from swarm.errors import UsageError
 
 from .logs import Verbose, set_up_logging
-from .options import InitialPeers, required_peers
+from .options import InitialPeers, SwarmKeyFile, required_peers
 
 if TYPE_CHECKING:
     from swarm.node import Node, NodeConfig
@@ -26,6 +26,7 @@ _READS_AT_ONCE = 16
 
 def health(
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and print what there is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     model: Annotated[
@@ -49,7 +50,7 @@ def health(
 
     from .health_summary import problems, to_json
 
-    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), listen=False)))
+    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), swarm_key=swarm_key, listen=False)))
     found = problems(summary, model or ())
     if as_json:
         print(json.dumps(to_json(summary, found)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .logs import Verbose, set_up_logging
-from .options import InitialPeers, required_peers
+from .options import InitialPeers, SwarmKeyFile, required_peers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def list_models(
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -31,7 +32,7 @@ def list_models(
 
     from .health import look
 
-    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), listen=False)))
+    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), swarm_key=swarm_key, listen=False)))
     if as_json:
         print(json.dumps(to_json(summary)))
     else:

@@ -47,6 +47,7 @@ SUBCOMMANDS = {
         "swarm.scripts.pause", "pause", "Unload a server of yours, to have the machine back for a while."
     ),
     "resume": Subcommand("swarm.scripts.pause", "resume", "Let a paused server of yours serve again."),
+    "make-key": Subcommand("swarm.scripts.make_key", "make_key", "Make the key of a private swarm."),
     "demo": Subcommand(
         "swarm.scripts.demo", "demo", "Start a swarm on this machine, kill a server, compare every token."
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,17 @@ InitialPeers = Annotated[
         help="Addresses of live peers: `A B`, `A,B` or the option repeated. Any live one suffices.",
         show_default=False,
         metavar="ADDR...",
+    ),
+]
+
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key",
+        help="Key of a private swarm, as `swarm make-key` writes it: all of its peers have the same, strangers are "
+        "kept out.",
+        show_default=False,
+        metavar="FILE",
     ),
 ]
 

@@ -11,7 +11,7 @@ import typer
 from swarm.errors import NetworkError, UsageError
 
 from .logs import LogJson, Verbose, adopt_loggers, set_up_logging
-from .options import InitialPeers
+from .options import InitialPeers, SwarmKeyFile
 
 if TYPE_CHECKING:
     from swarm.node import Node, NodeConfig
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def run_bootstrap(
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     host_maddrs: Annotated[
         list[str] | None, typer.Option(help="Addresses to listen on.", metavar="ADDR...", show_default=False)
     ] = None,
@@ -54,6 +55,7 @@ def run_bootstrap(
         host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
         announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
         identity_path=identity_path,
+        swarm_key=swarm_key,
     )
     run_until_stopped(lambda: _serve(config), watch)
 

@@ -12,7 +12,7 @@ import typer
 from swarm.errors import UsageError
 
 from .logs import LogJson, Verbose, adopt_loggers, say, set_up_logging
-from .options import InitialPeers
+from .options import InitialPeers, SwarmKeyFile
 
 if TYPE_CHECKING:
     from swarm.server.config import ServerConfig
@@ -39,6 +39,7 @@ def run_server(
     model: Annotated[str, typer.Argument(help="A local folder or a hub id.", show_default=False)],
     new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm of one's own.")] = False,
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
     blocks: Annotated[str | None, typer.Option(help="Serve blocks A:B (B not included).", metavar="A:B")] = None,
     num_blocks: Annotated[
         int | None, typer.Option(min=1, help="Serve this many blocks, where the swarm needs them most.")
@@ -167,6 +168,7 @@ def run_server(
             model=model,
             revision=revision,
             initial_peers=peers,
+            swarm_key=swarm_key,
             blocks=None if blocks is None else BlockSpan.parse(blocks),
             num_blocks=num_blocks,
             device=device,

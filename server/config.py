@@ -61,6 +61,9 @@ class ServerConfig(BaseModel):
     initial_peers: tuple[str, ...] = ()
     """Multiaddresses of live peers of the swarm to join; empty starts a new swarm."""
 
+    swarm_key: Path | None = None
+    """Key file of a private swarm; all of its peers have the same key. None: the swarm is open to all."""
+
     blocks: BlockSpan | None = None
     """Serve exactly these blocks."""
 

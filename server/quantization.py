@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import Quantization
+from .local_bitsandbytes import import_bitsandbytes
 
 #: What a layer's sizes must be multiples of for bitsandbytes to repack its NF4 weights for the CPU: (outputs, inputs).
 _PACKED = (32, 64)
@@ -23,6 +24,7 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any |
     """
     if quantization == "none":
         return None
+    import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":

@@ -96,6 +96,7 @@ class Server:
                 host_maddrs=config.host_maddrs,
                 announce_maddrs=config.announce_maddrs,
                 identity_path=config.identity_path,
+                swarm_key=config.swarm_key,
             )
         )
 

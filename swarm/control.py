@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import TypeVar
 
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+
+from .errors import PeerRefused
+
+#: What members of a private swarm ask each other first, see `private_control`.
+MEMBER_QUESTION = "petswarm/member/1"
+#: Seconds for its answer.
+MEETING_TIMEOUT = 10.0
 
 
 class SturdyControl(ControlClient):
@@ -29,17 +37,35 @@ class SturdyControl(ControlClient):
             except ConnectionError:
                 return
 
+    async def meet(self, peer_id: PeerID) -> None:
+        """Find out why a peer does not answer. Raises PeerRefused if it is for want of a swarm key, or TimeoutError."""
+        try:
+            async with asyncio.timeout(MEETING_TIMEOUT):
+                await self.call_unary_handler(peer_id, MEMBER_QUESTION, b"")
+        except P2PHandlerError as error:
+            raise PeerRefused(
+                f"peer {peer_id} answers, but its swarm is private: give its key with --swarm-key FILE (swarm_key=... "
+                f"in Python)"
+            ) from error
+        except P2PDaemonError:  # it does not know the question: no private swarm
+            pass
+
     async def _write_to_persistent_conn(self, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             await super()._write_to_persistent_conn(writer)
 
 
-async def make_sturdy(p2p: P2P) -> None:
-    """Replace the connection of a P2P that has not registered any handlers yet."""
+Control = TypeVar("Control", bound=SturdyControl)
+
+
+async def make_sturdy(p2p: P2P, kind: type[Control]) -> Control:
+    """Replace the connection of a P2P that has not registered any handlers yet by one of this kind."""
     fragile: ControlClient = p2p._client.control
-    p2p._client.control = await SturdyControl.create(
+    sturdy: Control = await kind.create(
         fragile.daemon_connector,
         fragile.listen_maddr,
         persistent_conn_max_msg_size=fragile.persistent_conn_max_msg_size,
     )
+    p2p._client.control = sturdy
     fragile.close()
+    return sturdy

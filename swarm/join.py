@@ -16,13 +16,14 @@ from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from .addresses import peer_id_of, without_peer_id
-from .errors import JoinFailed
+from .errors import JoinFailed, PeerRefused
 
 logger = logging.getLogger(__name__)
 
 _LATER_PEERS = 0.3  # seconds that the other initial peers get once one has answered
 _NEIGHBOURS = 3.0  # seconds to find our neighbours in the DHT
 _PING_AGAIN = 0.3  # seconds between pings to a peer that took the connection but does not answer
+_REFUSALS = 3  # a peer that starts at this moment does not know yet whom it accepts
 _MAX_SHOWN = 5
 
 
@@ -36,6 +37,7 @@ class InitialPeers:
         for address in addresses:
             self._addresses[peer_id_of(address)].append(address)
         self._reasons: dict[str, str] = {}
+        self._refusals: dict[str, str] = {}  # of peers that answer, in whole sentences
 
     async def join(self, timeout: float) -> None:
         """Meet the initial peers, then the neighbours in the DHT. Raises JoinFailed after `timeout` seconds at most."""
@@ -78,10 +80,21 @@ class InitialPeers:
         peer = PeerID.from_base58(peer_id)
         maddrs: list[Multiaddr] = [without_peer_id(address) for address in self._addresses[peer_id]]
         self._reasons[peer_id] = "no answer"
+        self._refusals.pop(peer_id, None)
+        refusals = 0
         try:
             await self._p2p._client.connect(peer, maddrs)
             self._reasons[peer_id] = "it takes connections but does not answer as a peer of a swarm"
             while await self._dht.protocol.call_ping(peer, validate=True) is None:
+                try:
+                    await self._p2p._client.control.meet(peer)  # hivemind does not say why it got no answer
+                except PeerRefused as error:
+                    self._refusals[peer_id] = str(error)
+                    refusals += 1
+                    if refusals == _REFUSALS:
+                        return False
+                except TimeoutError:
+                    pass
                 await asyncio.sleep(_PING_AGAIN)
         except P2PDaemonError as error:
             self._reasons[peer_id] = _dial_reason(str(error))
@@ -95,6 +108,8 @@ class InitialPeers:
         return False
 
     def _explain(self, timeout: float, *, timed_out: bool) -> str:
+        if self._refusals:  # who is reached and refuses us tells more than who is not reached
+            return next(iter(self._refusals.values()))
         number = sum(map(len, self._addresses.values()))
         who = "the initial peer did not answer" if number == 1 else f"none of the {number} initial peers answered"
         lines = [

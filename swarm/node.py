@@ -22,12 +22,14 @@ from hivemind.p2p import P2P
 from hivemind.utils.multiaddr import Multiaddr
 
 from .addresses import check_announce_address, check_listen_address, check_peer_address, peer_id_of
-from .control import make_sturdy
+from .control import SturdyControl, make_sturdy
 from .errors import BadAddress, NetworkError, PortInUse
 from .identity import Identity
 from .join import InitialPeers
+from .membership import SwarmKey
 from .p2p_daemon import P2PDaemon
 from .ports import check_ports_are_free
+from .private_control import make_private
 from .records import Complaints, RecordValidator
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class NodeConfig:
     host_maddrs: where to listen.
     announce_maddrs: what others shall use instead, without /p2p/ID.
     identity_path: private key file, made if absent; None: a fresh identity that is not kept.
+    swarm_key: key file of a private swarm; None: the swarm is open to all.
     listen: False for clients, which accept no connections and store nothing for others.
     join_timeout: seconds for the first initial peer to answer.
     rejoin_period: meet the initial peers again once in this many seconds, so that one that restarted is found again.
@@ -60,6 +63,7 @@ class NodeConfig:
     host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
     identity_path: Path | None = None
+    swarm_key: Path | None = None
     listen: bool = True
     join_timeout: float = 15.0
     rejoin_period: float = 30.0
@@ -104,6 +108,7 @@ class Node:
         return node
 
     async def _start(self) -> None:
+        key = None if self.config.swarm_key is None else SwarmKey.load(self.config.swarm_key)
         folder = Path(self._folder.name)
         identity = Identity.load_or_create(self.config.identity_path or folder / "identity")
         identity.lock()
@@ -119,7 +124,10 @@ class Node:
         p2p_class: type[P2P] = type("P2PInFolder", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
         try:
             self.p2p = self._p2p = await p2p_class.replicate(Multiaddr(f"/unix{control}"))
-            await make_sturdy(self.p2p)
+            if key is None:
+                await make_sturdy(self.p2p, SturdyControl)
+            else:
+                await make_private(self.p2p, key)
         except Exception as error:
             raise NetworkError(f"could not connect to p2pd: {error!r}") from error
         self.dht = await DHTNode.create(

@@ -37,7 +37,7 @@ from swarm.scripts.examples.prompt_training import INSTRUCTION, Batch, Encoder, 
 from swarm.scripts.examples.topic_texts import train_and_test
 from swarm.scripts.local_swarm import LocalSwarm
 from swarm.scripts.models import demo_model_folder
-from swarm.scripts.options import InitialPeers, spread_addresses
+from swarm.scripts.options import InitialPeers, SwarmKeyFile, spread_addresses
 
 NUM_SERVERS = 3
 NUM_TRAIN, NUM_TEST = 800, 100
@@ -58,6 +58,7 @@ def finetune_prompt(
         Path | None, typer.Option(help="Draw the losses into this PNG file.", metavar="FILE", show_default=False)
     ] = None,
     initial_peers: InitialPeers = None,
+    swarm_key: SwarmKeyFile = None,
 ) -> None:
     """Train a soft prompt over a swarm of three servers on this machine, and locally, and compare.
 
@@ -74,7 +75,7 @@ def finetune_prompt(
             folder = demo_model_folder(status.update)
             encoder = Encoder(AutoTokenizer.from_pretrained(folder))
             start = encoder.tokens(INSTRUCTION)
-            learners = load_learners(stack, folder, initial_peers, prompt_tokens, start, status.update)
+            learners = load_learners(stack, folder, initial_peers, swarm_key, prompt_tokens, start, status.update)
         train(console, learners, encoder, steps=steps, batch_size=batch_size, seed=seed)
     show(console, *learners)
     if plot is not None:
@@ -86,6 +87,7 @@ def load_learners(
     stack: ExitStack,
     folder: Path,
     initial_peers: Sequence[str] | None,
+    swarm_key: Path | None,
     prompt_tokens: int,
     start: Sequence[int],
     progress: Callable[[str], None],
@@ -101,7 +103,9 @@ def load_learners(
         swarm = stack.enter_context(LocalSwarm(folder, [str(span) for span in spans], flags=SERVER_FLAGS))
         peers = swarm.initial_peers
     progress("connecting")
-    remote = AutoSwarmModelForCausalLM.from_pretrained(folder, initial_peers=peers, dtype="float32")
+    remote = AutoSwarmModelForCausalLM.from_pretrained(
+        folder, initial_peers=peers, swarm_key=swarm_key, dtype="float32"
+    )
     stack.callback(remote.close)
     progress("loading plain transformers")
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

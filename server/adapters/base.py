@@ -16,6 +16,7 @@ from swarm.architectures import Architecture
 from swarm.data_structures import BlockSpan
 from swarm.errors import AdapterError
 
+from ..local_bitsandbytes import import_bitsandbytes
 from ..packed_linear import PackedLinear
 
 
@@ -86,7 +87,8 @@ def linear_layers(block: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def base_weight(layer: nn.Module) -> torch.Tensor:
     """What a linear layer multiplies by, unpacked and dequantised: float32 [out_features, in_features]."""
-    from bitsandbytes.nn import Linear8bitLt  # takes a while, and not every server needs it
+    import_bitsandbytes()  # takes a while, and not every server needs it
+    from bitsandbytes.nn import Linear8bitLt
 
     from ..nf4_linear import FrozenLinear4bit
 
