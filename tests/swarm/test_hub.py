@@ -1,0 +1,552 @@
+"""Checkpoints from a hub: a real one in miniature, served over HTTP on loopback."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+from fake_hub import COMMIT, FakeHub, sha256
+
+from swarm import hub_parts, range_download
+from swarm.cache_folder import cache_folder
+from swarm.checkpoint import open_checkpoint
+from swarm.errors import DownloadFailed, ModelNotFound
+from swarm.hub import find_on_hub
+from swarm.partial_file import PartialFile
+from swarm.progress import Progress
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PETSWARM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(range_download, "RETRY_DELAYS", (0.01, 0.01))
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Make the hub's library ask this URL; it reads HF_ENDPOINT only once, when it is imported."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+
+
+@pytest.fixture
+def use_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], FakeHub]]:
+    """A function that starts a hub with the files of a folder and makes it the one that is asked."""
+    hubs = []
+
+    def start(folder: Path) -> FakeHub:
+        hubs.append(FakeHub(folder))
+        point_to(monkeypatch, hubs[-1].url)
+        return hubs[-1]
+
+    yield start
+    for hub in hubs:
+        hub.close()
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    point_to(monkeypatch, NOWHERE)
+
+
+def block(number: int) -> list[str]:
+    return [f"model.layers.{number}.mlp.{part}_proj.weight" for part in ("up", "gate", "down")]
+
+
+def shard_of(folder: Path, name: str) -> str:
+    shard: str = json.loads((folder / INDEX).read_text())["weight_map"][name]
+    return shard
+
+
+def header_bytes(contents: bytes) -> int:
+    return 8 + int.from_bytes(contents[:8], "little")
+
+
+def refusal(model: str, **options: Any) -> str:
+    with pytest.raises(ModelNotFound) as caught:
+        open_checkpoint(model, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_equal(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+# Finding a model
+
+
+def test_hub_and_folder_agree(sharded, use_hub):
+    hub = use_hub(sharded)
+    remote, local = open_checkpoint("org/tiny"), open_checkpoint(str(sharded))
+    assert (remote.name, remote.source, remote.revision) == ("org/tiny", "org/tiny", COMMIT)
+    assert remote.config.to_dict() | {"_name_or_path": ""} == local.config.to_dict() | {"_name_or_path": ""}
+    assert remote.tensor_names() == local.tensor_names()
+    assert remote.fingerprint() == local.fingerprint()
+    assert remote.nbytes(block(2)) == local.nbytes(block(2))
+    shards = {shard_of(sharded, name) for name in block(2)}
+    assert hub.sent() == sum(header_bytes(hub.files[shard]) for shard in shards)
+
+
+def test_a_hub_model_of_one_file_is_listed_without_downloading_it(folder, use_hub):
+    hub = use_hub(folder)
+    remote, local = open_checkpoint("org/tiny", revision="main"), open_checkpoint(str(folder))
+    assert remote.tensor_names() == local.tensor_names()
+    assert remote.fingerprint() == local.fingerprint()
+    assert hub.sent() == header_bytes(hub.files[SINGLE])
+    assert_equal(remote.read(block(1)), local.read(block(1)))
+
+
+def test_the_fingerprint_needs_no_weights_and_no_cache(sharded, use_hub, monkeypatch):
+    """Also of a hub, or a mirror of it, that lists no hashes, and where nothing can be kept."""
+    hub = use_hub(sharded)
+    expected = open_checkpoint(str(sharded)).fingerprint()
+    monkeypatch.setenv("PETSWARM_CACHE", "/proc/nothing-can-be-kept-here")
+    for hub.hashes_known in (True, False):
+        assert open_checkpoint("org/tiny").fingerprint() == expected
+    assert hub.sent() == 0
+
+
+def test_small_weight_files_of_which_the_hub_has_no_sha256_are_fetched_whole(folder, use_hub, monkeypatch):
+    hub = use_hub(folder)
+    monkeypatch.setattr("fake_hub._is_large", lambda file: False)
+    remote = open_checkpoint("org/tiny")
+    assert remote.fingerprint() == open_checkpoint(str(folder)).fingerprint()
+    assert remote.read(block(1)).keys() == set(block(1))
+    assert SINGLE in hub.whole_files()
+
+
+def test_sizes_are_known_before_anything_is_fetched(tmp_path, use_hub):
+    """Whoever names something on the hub may have put anything there."""
+    (tmp_path / "adapter").mkdir()
+    for name, size in (("config.json", 8_000_001), ("adapter_config.json", 7), ("adapter_model.safetensors", 9)):
+        (tmp_path / "adapter" / name).write_bytes(bytes(size))
+    hub = use_hub(tmp_path / "adapter")
+    files, present = find_on_hub("org/tiny", None, None)
+    assert {name: files.size(name) for name in present} == {
+        "config.json": 8_000_001,
+        "adapter_config.json": 7,
+        "adapter_model.safetensors": 9,
+    }
+    assert files.digest("adapter_model.safetensors") == sha256(bytes(9))
+    assert hub.whole_files() == set()
+    assert hub.sent() == 0
+
+
+def test_an_unknown_hub_id(folder, use_hub):
+    use_hub(folder)
+    expected = "org/other is neither a folder here nor a model on the hub (a private model needs a token)"
+    assert refusal("org/other") == expected
+
+
+def test_an_unknown_revision(folder, use_hub):
+    use_hub(folder)
+    assert refusal("org/tiny", revision="v7") == "the hub model org/tiny has no revision v7"
+
+
+def test_no_hub_id(no_hub):
+    assert refusal("what is this?") == "'what is this?' is neither a folder here nor a valid hub id"
+
+
+def test_a_hub_that_cannot_be_reached(no_hub):
+    assert refusal("org/tiny").startswith("org/tiny is no folder here, and the hub cannot be reached")
+
+
+def test_a_hub_model_without_safetensors(folder, use_hub):
+    hub = use_hub(folder)
+    hub.files["pytorch_model.bin"] = hub.files.pop(SINGLE)
+    assert "pickles, which are never loaded" in refusal("org/tiny")
+    del hub.files["config.json"]
+    assert refusal("org/tiny") == "the hub model org/tiny has no config.json, so it is not a model"
+
+
+def test_a_hub_model_with_a_damaged_header(folder, use_hub):
+    hub = use_hub(folder)
+    contents = hub.files[SINGLE]
+    for damaged in (
+        contents[:8] + b"?" + contents[9:],
+        bytes([255]) * 8 + contents[8:],
+        contents.replace(b'"data_offsets":[0,', b'"data_offsets":[99999999,', 1),
+        contents.replace(b'"data_offsets":[0,', b'"data_offsets":[-,', 1),
+        contents[:-1],
+    ):
+        assert damaged != contents
+        hub.files[SINGLE] = damaged
+        assert f"{SINGLE} of the hub model org/tiny " in refusal("org/tiny")
+    hub.files[SINGLE] = contents
+    assert open_checkpoint("org/tiny").read(block(1)).keys() == set(block(1))
+
+
+def test_a_hub_model_whose_index_names_an_absent_shard(sharded, use_hub):
+    hub = use_hub(sharded)
+    shard = shard_of(sharded, block(2)[0])
+    del hub.files[shard]
+    checkpoint = open_checkpoint("org/tiny")
+    for use in (checkpoint.fingerprint, lambda: checkpoint.read(block(2))):
+        with pytest.raises(ModelNotFound, match=f"the hub model org/tiny has no file {shard}"):
+            use()
+
+
+def test_a_hub_model_whose_shard_lacks_a_tensor(sharded, use_hub):
+    hub = use_hub(sharded)
+    index = json.loads(hub.files[INDEX])
+    shard = shard_of(sharded, block(2)[0])
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = shard
+    hub.files[INDEX] = json.dumps(index).encode()
+    checkpoint = open_checkpoint("org/tiny")
+    with pytest.raises(ModelNotFound, match=rf"{shard} of the hub model org/tiny lacks the tensor model\.layers\.9\."):
+        checkpoint.read(["model.layers.9.mlp.up_proj.weight"])
+
+
+# Fetching parts
+
+
+def test_only_the_bytes_needed_are_fetched(sharded, use_hub):
+    hub = use_hub(sharded)
+    remote = open_checkpoint("org/tiny")
+    names = [*block(3), "model.embed_tokens.weight"]
+    assert_equal(remote.read(names), open_checkpoint(str(sharded)).read(names))
+    headers = sum(header_bytes(hub.files[shard]) for shard in {shard_of(sharded, name) for name in names})
+    assert remote.nbytes(names) + headers <= hub.sent() <= 1.05 * remote.nbytes(names) + headers
+    assert not any(file.endswith(".safetensors") for file in hub.whole_files())
+
+
+def test_another_span_fetches_only_what_is_missing(folder, use_hub):
+    hub = use_hub(folder)
+    open_checkpoint("org/tiny").fetch([*block(1), *block(2)])
+    before = hub.sent()
+    again = open_checkpoint("org/tiny")
+    again.fetch([*block(1), *block(2)])
+    assert hub.sent() == before
+    again.fetch([*block(2), *block(3)])
+    assert before + again.nbytes(block(3)) <= hub.sent() <= before + 1.05 * again.nbytes(block(3))
+    names = [*block(1), *block(2), *block(3)]
+    assert_equal(again.read(names), open_checkpoint(str(folder)).read(names))
+
+
+def test_neighbours_are_fetched_in_one_request(folder, use_hub):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    before = len(hub.large_requests())
+    checkpoint.fetch(name for name in checkpoint.tensor_names() if name.startswith("model.layers.2."))
+    assert len(hub.large_requests()) == before + 1
+
+
+def test_a_long_range_goes_over_several_connections(folder, use_hub, monkeypatch):
+    monkeypatch.setattr(hub_parts, "REQUEST_BYTES", 10_000)
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(checkpoint.tensor_names())
+    assert len(hub.large_requests()) > len(hub.files[SINGLE]) / 10_000
+    assert hub.sent() == len(hub.files[SINGLE])
+    assert_equal(checkpoint.read(block(1)), open_checkpoint(str(folder)).read(block(1)))
+
+
+def test_progress_counts_the_bytes_that_were_missing(folder, use_hub):
+    hub = use_hub(folder)
+    told: list[tuple[int, int]] = []
+
+    class Told(Progress):
+        def fetched(self, done: int, total: int) -> None:
+            told.append((done, total))
+
+    checkpoint = open_checkpoint("org/tiny")
+    before = hub.sent()
+    checkpoint.fetch(block(1), Told())
+    assert told == sorted(told)
+    assert told[-1] == (hub.sent() - before, hub.sent() - before)
+    told.clear()
+    checkpoint.fetch(block(1), Told())
+    assert told == []
+
+
+def test_whoever_watches_can_end_the_download(folder, use_hub):
+    hub = use_hub(folder)
+
+    class Impatient(Progress):
+        def fetched(self, done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+    checkpoint = open_checkpoint("org/tiny")
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.fetch(block(1), Impatient())
+    checkpoint.fetch(block(1))
+    assert hub.sent() <= header_bytes(hub.files[SINGLE]) + 2 * checkpoint.nbytes(block(1))
+
+
+def test_what_the_hub_library_has_whole_is_read_there(sharded, use_hub, hashed, tmp_path):
+    hub = use_hub(sharded)
+    shard = shard_of(sharded, block(3)[0])
+    huggingface_hub.hf_hub_download("org/tiny", shard)
+    before = hub.sent()
+    remote = open_checkpoint("org/tiny")
+    names = [name for name in block(3) if shard_of(sharded, name) == shard]
+    assert_equal(remote.read(names), open_checkpoint(str(sharded)).read(names))
+    assert hub.sent() == before
+    for other in sorted(set(json.loads((sharded / INDEX).read_text())["weight_map"].values())):
+        huggingface_hub.hf_hub_download("org/tiny", other)
+    huggingface_hub.hf_hub_download("org/tiny", INDEX)
+    (snapshot,) = (tmp_path / "hub_cache").glob("models--org--tiny/snapshots/*")
+    shutil.rmtree(cache_folder(), ignore_errors=True)
+    assert open_checkpoint(str(snapshot)).fingerprint() == remote.fingerprint()
+    assert hashed == []
+
+
+def test_a_model_used_before_works_while_the_hub_is_away(sharded, use_hub, monkeypatch, caplog):
+    use_hub(sharded)
+    before = open_checkpoint("org/tiny")
+    expected = before.read(block(3))
+    point_to(monkeypatch, NOWHERE)
+    offline = open_checkpoint("org/tiny")
+    assert "using what was downloaded" in caplog.text
+    assert offline.fingerprint() == before.fingerprint()
+    assert offline.revision == COMMIT
+    assert_equal(offline.read(block(3)), expected)
+    with pytest.raises(DownloadFailed, match=r"cannot fetch model-.*\.safetensors of org/tiny from the hub"):
+        offline.read(block(5))
+
+
+def test_a_model_of_one_file_works_while_the_hub_is_away(folder, use_hub, monkeypatch):
+    hub = use_hub(folder)
+    hub.hashes_known = False
+    before = open_checkpoint("org/tiny")
+    expected = before.read(block(3))
+    point_to(monkeypatch, NOWHERE)
+    offline = open_checkpoint("org/tiny")
+    assert offline.fingerprint() == before.fingerprint()
+    assert_equal(offline.read(block(3)), expected)
+
+
+def test_the_librarys_offline_mode_asks_nobody(folder, use_hub, monkeypatch):
+    hub = use_hub(folder)
+    open_checkpoint("org/tiny").read(block(3))
+    before = len(hub.requests)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    offline = open_checkpoint("org/tiny")
+    assert offline.read(block(3)).keys() == set(block(3))
+    with pytest.raises(DownloadFailed, match="HF_HUB_OFFLINE"):
+        offline.read(block(4))
+    assert len(hub.requests) == before
+
+
+# Tokens
+
+
+def test_a_gated_model(folder, use_hub):
+    use_hub(folder).token = "hf_right"
+    message = refusal("org/tiny", token="hf_wrong")
+    assert message.startswith("the hub model org/tiny is gated: accept its licence on its page, then log in")
+    assert "HF_TOKEN" in message
+    assert open_checkpoint("org/tiny", token="hf_right").config.model_type == "llama"
+
+
+def test_the_token_goes_with_every_request_and_not_to_other_hosts(folder, use_hub, monkeypatch):
+    hub = use_hub(folder)
+    hub.token = "hf_right"
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    open_checkpoint("org/tiny").read(block(1))
+    for request in hub.requests:
+        assert request.token == (None if request in hub.large_requests() else "hf_right")
+    assert hub.large_requests()
+
+
+@pytest.mark.parametrize(
+    ("refused", "expected"),
+    [
+        ((401, "GatedRepo"), "is gated: accept its licence"),
+        ((403, "GatedRepo"), "is gated: accept its licence"),
+        ((401, "RepoNotFound"), "a private model needs a token"),
+        ((403, ""), "the hub forbids it: give your token the right"),
+    ],
+)
+def test_access_that_was_withdrawn(folder, use_hub, refused, expected):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    hub.token, hub.refusal = "hf_right", refused
+    before = len(hub.requests)
+    with pytest.raises(ModelNotFound, match=expected):
+        checkpoint.fetch(block(1))
+    assert len(hub.requests) == before + 1
+    hub.token = None
+    checkpoint.fetch(block(1))
+
+
+# Troubles
+
+
+def test_a_broken_connection_is_resumed(folder, use_hub):
+    """Where it broke; and however often, as long as something comes in between."""
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    before = hub.sent()
+    hub.troubles = [("cut", 5000), ("cut", 1), ("cut", 3000), ("cut", 0), ("cut", 100), 503]
+    names = [name for name in checkpoint.tensor_names() if name.startswith("model.layers.1.")]
+    assert_equal(checkpoint.read(names), open_checkpoint(str(folder)).read(names))
+    assert hub.troubles == []
+    assert hub.sent() - before <= 1.05 * checkpoint.nbytes(names)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_hub_that_is_busy_is_asked_again(folder, use_hub, status):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    hub.troubles = [status, status]
+    checkpoint.fetch(block(1))
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [({"Retry-After": "7"}, 7.0), ({"RateLimit": '"resolvers";r=0;t=211'}, 211.0), ({"Retry-After": "9999"}, 300.0)],
+)
+def test_a_hub_that_says_how_long_to_wait(folder, use_hub, monkeypatch, headers, expected):
+    waited = []
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    hub.troubles, hub.headers = [429], headers
+    monkeypatch.setattr(range_download, "_wait", lambda stop, delay: waited.append(delay))
+    checkpoint.fetch(block(1))
+    assert waited == [expected]
+
+
+def test_retries_end(folder, use_hub):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    hub.troubles = [503] * 100
+    with pytest.raises(DownloadFailed, match=r"cannot fetch model\.safetensors of org/tiny.*503"):
+        checkpoint.fetch(block(1))
+    assert len(hub.troubles) == 100 - 1 - len(range_download.RETRY_DELAYS)
+    hub.troubles = [("cut", 0)] * 100
+    with pytest.raises(DownloadFailed, match=r"cannot fetch model\.safetensors of org/tiny from the hub"):
+        checkpoint.fetch(block(1))
+    hub.troubles = []
+    checkpoint.fetch(block(1))
+
+
+def test_what_came_before_a_failure_is_not_fetched_again(folder, use_hub):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    names = [name for name in checkpoint.tensor_names() if name.startswith("model.layers.1.")]
+    before = hub.sent()
+    hub.troubles = [("cut", 20_000), 404]
+    with pytest.raises(ModelNotFound):
+        checkpoint.fetch(names)
+    assert hub.sent() - before == 20_000
+    assert_equal(open_checkpoint("org/tiny").read(names), open_checkpoint(str(folder)).read(names))
+    assert hub.sent() - before <= 1.05 * checkpoint.nbytes(names)
+
+
+def test_a_hub_that_serves_no_parts(folder, use_hub):
+    use_hub(folder).serves_ranges = False
+    assert "does not send parts of model.safetensors; download the model as a whole first: hf download" in refusal(
+        "org/tiny"
+    )
+
+
+def parts_of(contents: bytes) -> PartialFile:
+    (path,) = (cache_folder() / "hub" / "org--tiny").glob("*.safetensors")
+    assert path.stem == sha256(contents)
+    return PartialFile(path, len(contents))
+
+
+def test_a_whole_file_is_checked_once(folder, use_hub, monkeypatch):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(checkpoint.tensor_names())
+    partial = parts_of(hub.files[SINGLE])
+    assert partial.checked
+    assert partial.path.read_bytes() == hub.files[SINGLE]
+    monkeypatch.setattr("swarm.partial_file.PartialWriter.sha256", lambda *args: pytest.fail("checked again"))
+    open_checkpoint("org/tiny").fetch(checkpoint.tensor_names())
+
+
+def test_a_whole_file_that_is_damaged_is_removed(folder, use_hub):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(block(1))
+    partial = parts_of(hub.files[SINGLE])
+    entry = checkpoint._files.header(SINGLE)[block(1)[0]]
+    with partial.path.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(b"!")
+    with pytest.raises(DownloadFailed, match=r"damaged \(its sha256 is not the hub's\), and was removed; try again"):
+        checkpoint.fetch(checkpoint.tensor_names())
+    assert not partial.path.exists()
+    again = open_checkpoint("org/tiny")
+    assert_equal(again.read(again.tensor_names()), open_checkpoint(str(folder)).read(again.tensor_names()))
+
+
+@pytest.mark.parametrize("spoil", [lambda path: os.truncate(path, 100), lambda path: path.unlink()])
+def test_a_file_that_lost_its_end_is_fetched_anew(folder, use_hub, spoil):
+    hub = use_hub(folder)
+    open_checkpoint("org/tiny").fetch(block(1))
+    spoil(parts_of(hub.files[SINGLE]).path)
+    assert_equal(open_checkpoint("org/tiny").read(block(1)), open_checkpoint(str(folder)).read(block(1)))
+
+
+def test_a_full_disk(folder, use_hub, monkeypatch):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    write = os.pwrite
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(DownloadFailed, match=r"no room for the model's weights in .*: the disk is full; make room"):
+        checkpoint.fetch(block(1))
+    monkeypatch.setattr(os, "pwrite", write)
+    before = len(hub.requests)
+    usage = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DownloadFailed, match=r"24\.6KB are needed, 1\.0KB are free; make room, or set PETSWARM_CACHE"):
+        checkpoint.fetch(block(1))
+    assert len(hub.requests) == before
+
+
+def test_a_cache_that_cannot_be_written(folder, use_hub, monkeypatch):
+    use_hub(folder)
+    monkeypatch.setenv("PETSWARM_CACHE", "/proc/nothing-can-be-kept-here")
+    assert "cannot keep parts of org/tiny in /proc/nothing-can-be-kept-here/hub/org--tiny: " in refusal("org/tiny")
+
+
+def test_an_answer_that_names_no_commit(folder, use_hub, monkeypatch):
+    use_hub(folder)
+    monkeypatch.setattr("fake_hub.COMMIT", "../../../elsewhere")
+    assert refusal("org/tiny") == "the hub does not say which commit of org/tiny it has"
+
+
+def test_the_lists_that_are_kept_may_be_junk(folder, use_hub, monkeypatch):
+    use_hub(folder)
+    open_checkpoint("org/tiny").read(block(3))
+    listing = cache_folder() / "hub" / "org--tiny" / f"{COMMIT}.json"
+    point_to(monkeypatch, NOWHERE)
+    for junk in ("", "[]", '{"model.safetensors": 5}', '{"model.safetensors": [-1, "x"]}'):
+        listing.write_text(junk)
+        assert "has no *.safetensors files" in refusal("org/tiny")
+
+
+def test_safetensors_can_read_a_file_with_holes(folder, use_hub):
+    """What other programs see of it: the parts that are here at their place, and its true length."""
+    hub = use_hub(folder)
+    open_checkpoint("org/tiny").fetch(block(1))
+    path = parts_of(hub.files[SINGLE]).path
+    assert path.stat().st_size == len(hub.files[SINGLE])
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor(block(1)[0]), open_checkpoint(str(folder)).read(block(1))[block(1)[0]])
