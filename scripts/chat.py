@@ -50,11 +50,19 @@ def chat(
 
     peers = required_peers(initial_peers)
     set_up_logging(verbose)
-    with Console(stderr=True).status("joining the swarm") as status:
+    console = Console(stderr=True)
+    with console.status("joining the swarm") as status:
         from . import answering
+        from .loading_progress import of_client
 
         connection = answering.connected(
-            model, peers, revision=revision, dtype=dtype.value, show_route=show_route, adapter=adapter
+            model,
+            peers,
+            revision=revision,
+            dtype=dtype.value,
+            show_route=show_route,
+            adapter=adapter,
+            progress=of_client(status, console),
         )
         with connection as (llm, tokenizer):
             status.stop()

@@ -193,9 +193,15 @@ def check_peers(new_swarm: bool, initial_peers: list[str] | None) -> tuple[str, 
 
 
 async def _serve(config: ServerConfig) -> None:
+    from rich.console import Console
+
     from swarm.server.server import Server
 
+    from .loading_progress import shown
     from .serving import serve
 
-    server = Server(config, report=lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
-    await serve(server)
+    def say(text: str) -> None:
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+    with shown(say, Console(stderr=True)) as progress:
+        await serve(Server(config, report=say, progress=progress))

@@ -16,6 +16,7 @@ from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory
 from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
+from swarm.progress import QUIET, Progress
 from swarm.routing.placement import choose_span
 
 from .adapters.cost_model import AdapterCosts
@@ -46,10 +47,13 @@ logger = logging.getLogger(__name__)
 class Server:
     """One span of blocks in one swarm. `start`, then `serve_until_stopped`, on one event loop."""
 
-    def __init__(self, config: ServerConfig, report: Callable[[str], None] = lambda text: None):
-        """report: told in a few words what the server is doing while it starts."""
+    def __init__(
+        self, config: ServerConfig, report: Callable[[str], None] = lambda text: None, progress: Progress = QUIET
+    ):
+        """report: told in a few words what the server is doing while it starts. progress: how far its loading is."""
         self.config = config
         self._report = report
+        self._progress = progress
         self._state = ServerState.JOINING
         self._speed: Speed | None = None
         self._stop = asyncio.Event()
@@ -184,7 +188,14 @@ class Server:
             torch.set_num_threads(self.config.threads)
         from .loader import load_span
 
-        span = load_span(checkpoint, self.span, dtype=dtype, quantization=quantization, device=device)
+        span = load_span(
+            checkpoint,
+            self.span,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+            progress=self._progress,
+        )
         key = SpeedKey.here(self.model.fingerprint, self._numerics, len(self.span), device)
         speed = known_or_measured_speed(span, self._cache, key)
         if not self._takes_adapters:

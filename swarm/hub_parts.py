@@ -109,10 +109,15 @@ class HubParts:
                 writer.write(start, data)
             meter.add(len(data))
 
+        def done() -> None:
+            with self._disk_errors():
+                writer.record()
+
         absent = missing(ranges, writer.file.parts())
         spans = bridged(absent, int(nbytes(absent) * _SLACK))
         return [
-            Piece(self.model, file, self.url(file), remote.size, piece, write) for piece in cut(spans, REQUEST_BYTES)
+            Piece(self.model, file, self.url(file), remote.size, piece, write, done)
+            for piece in cut(spans, REQUEST_BYTES)
         ]
 
     def _bytes(self, file: str, remote: RemoteFile, wanted: ByteRange) -> bytes:

@@ -90,6 +90,7 @@ class PartialWriter:
         self._pending: list[ByteRange] = []
         self._recorded = time.monotonic()
         self._lock = threading.Lock()
+        self._closed = False
         if not self.file.parts():
             os.ftruncate(self._list, 0)
             file.path.unlink(missing_ok=True)  # and not emptied: somebody may have mapped it
@@ -102,13 +103,15 @@ class PartialWriter:
 
     def write(self, start: int, data: bytes) -> None:
         """Put bytes in their place. They count as present at the latest when the writer is closed."""
-        end = start
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._data, view, end)
-            end += written
-            view = view[written:]
         with self._lock:
+            if self._closed:  # its descriptor may be another file's by now
+                raise ValueError("write to a closed file")
+            end = start
+            view = memoryview(data)
+            while view:
+                written = os.pwrite(self._data, view, end)
+                end += written
+                view = view[written:]
             self._pending.append((start, end))
             due = time.monotonic() - self._recorded > RECORD_PERIOD
             if due:
@@ -145,6 +148,8 @@ class PartialWriter:
         self.file.path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
         try:
             self.record()
         finally:

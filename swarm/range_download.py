@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +35,10 @@ _RATE_LIMIT_ENDS = re.compile(r"\bt=(\d{1,6})\b")
 
 @dataclass(frozen=True)
 class Piece:
-    """One request: bytes [start, end) of a model's file. write: given each part that came, with its offset, from any
-    thread."""
+    """One request: bytes [start, end) of a model's file.
+
+    write: given each part that came, with its offset. done: called when all of it came. Both from any thread.
+    """
 
     model: str
     file: str
@@ -44,32 +46,49 @@ class Piece:
     size: int
     range: ByteRange
     write: Callable[[int, bytes], None]
+    done: Callable[[], None]
 
 
 def download(pieces: Sequence[Piece], headers: Mapping[str, str]) -> None:
-    """Fetch all pieces; the first failure ends all, and so does what `Piece.write` raises.
+    """Fetch all pieces; the first failure ends all, and so does what their functions raise.
 
     headers: of every request. Raises ModelNotFound, mostly DownloadFailed.
     """
+    left = deque(pieces)
+    failures: list[BaseException] = []
     stop = threading.Event()
 
-    def run(piece: Piece) -> None:
-        if stop.is_set():
-            return
+    def work() -> None:
         try:
-            _fetch(piece, headers, stop)
-        except BaseException:
+            while not stop.is_set() and (piece := _next_of(left)) is not None:
+                _fetch(piece, headers, stop)
+        except BaseException as error:
+            failures.append(error)
             stop.set()
-            raise
 
-    with ThreadPoolExecutor(max_workers=CONNECTIONS, thread_name_prefix="hub") as pool:
-        futures = [pool.submit(run, piece) for piece in pieces]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()
-            raise
+    # Daemons: a process that is told to end does not wait for them.
+    threads = [
+        threading.Thread(target=work, name=f"hub-{number}", daemon=True)
+        for number in range(min(CONNECTIONS, len(pieces)))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _next_of(left: deque[Piece]) -> Piece | None:
+    try:
+        return left.popleft()
+    except IndexError:
+        return None
 
 
 def _fetch(piece: Piece, headers: Mapping[str, str], stop: threading.Event) -> None:
@@ -94,6 +113,7 @@ def _fetch(piece: Piece, headers: Mapping[str, str], stop: threading.Event) -> N
             failures += 1
             logger.info("%s: %s; trying again in %g s", piece.file, broken.error, delay)
             _wait(stop, delay)
+    piece.done()
 
 
 class _Broken(Exception):

@@ -37,8 +37,8 @@ class FakeHub:
     token: which it wants of everybody who fetches a file; None: none. refusal: status and code for others.
     troubles: what happens to the next requests of large files, one each: a status, or after how many bytes the
     connection breaks; None is no trouble. headers: besides the usual, of answers with such a status.
-    serves_ranges: whether requests for parts get them. stall_after: bytes of large files after which nothing more comes
-    until `go_on` is set; None: never.
+    serves_ranges: whether requests for parts get them. slow_after: bytes of large files after which only 20 a second
+    come on each connection; None: never.
     """
 
     def __init__(self, folder: Path):
@@ -49,8 +49,8 @@ class FakeHub:
         self.troubles: list[int | tuple[str, int] | None] = []
         self.headers: dict[str, str] = {}
         self.serves_ranges = True
-        self.stall_after: int | None = None
-        self.stalled, self.go_on = threading.Event(), threading.Event()
+        self.slow_after: int | None = None
+        self.closed = threading.Event()
         self.requests: list[Request] = []
         self.lock = threading.RLock()
         self._large = _serve(self, _LargeFiles)
@@ -75,7 +75,7 @@ class FakeHub:
         }
 
     def close(self) -> None:
-        self.go_on.set()
+        self.closed.set()
         for server in (self._hub, self._large):
             server.shutdown()
             server.server_close()
@@ -211,15 +211,17 @@ class _LargeFiles(_Handler):
             status, headers = 206, {"Content-Range": f"bytes {start}-{end - 1}/{len(contents)}"}
             body = contents[start:end]
         most = len(body) if trouble is None else min(trouble[1], len(body))
-        stall = False
         with hub.lock:
-            if hub.stall_after is not None and hub.sent() + most > hub.stall_after:
-                most, stall = max(0, hub.stall_after - hub.sent()), True
-            self.note(most)
-        self.answer(status, {**headers, "Content-Length": str(len(body))})
-        self.wfile.write(body[:most])
-        if stall:
-            hub.stalled.set()
-            hub.go_on.wait()
+            room = most if hub.slow_after is None else max(0, hub.slow_after - hub.sent())
+            quick = min(most, room)
+            self.note(quick)
+        headers["Content-Length"] = str(len(body))
+        self.answer(status, headers)
+        self.wfile.write(body[:quick])
+        for place in range(quick, most):
+            if hub.closed.wait(0.05):
+                break
+            self.note(1)
+            self.wfile.write(body[place : place + 1])
         self.close_connection = most < len(body)
         return None

@@ -16,9 +16,7 @@ def places(ranges: list[ByteRange]) -> set[int]:
 
 def is_tidy(ranges: list[ByteRange]) -> bool:
     """Sorted, none empty, none touching another."""
-    return all(start < end for start, end in ranges) and all(
-        before[1] < after[0] for before, after in pairwise(ranges)
-    )
+    return all(start < end for start, end in ranges) and all(before[1] < after[0] for before, after in pairwise(ranges))
 
 
 @given(ranges)
