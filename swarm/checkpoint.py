@@ -18,7 +18,7 @@ from .errors import ModelNotFound, NotSupported
 from .fingerprint import combine
 from .hub import find_on_hub
 from .progress import QUIET, Progress
-from .weight_files import Files, FolderFiles, first_line
+from .weight_files import Files, FolderFiles, first_line, read_ahead
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -101,7 +101,9 @@ class Checkpoint:
         paths = self._files.fetch(wanted, progress)
         tensors = {}
         for file, names_there in wanted.items():
+            header = self._files.header(file)
             try:
+                read_ahead(paths[file], [(header[name].start, header[name].end) for name in names_there])
                 with safe_open(paths[file], framework="pt") as shard:
                     for name in names_there:
                         tensors[name] = shard.get_tensor(name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,6 +17,8 @@ from .progress import Progress
 LENGTH_BYTES = 8
 #: The safetensors library refuses longer headers too.
 _MAX_HEADER_BYTES = 100_000_000
+#: Asked for more at once, the system reads only the beginning: as much as its read-ahead window holds, by default this.
+_READ_AHEAD_BYTES = 2**17
 
 
 class TensorEntry(NamedTuple):
@@ -77,11 +80,24 @@ def read_header(path: Path) -> Header:
     """The header of a local safetensors file: 8 bytes of length, JSON, then the tensors' bytes up to the end."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing beyond
             length = header_length(file.read(LENGTH_BYTES), size, str(path))
             return parse_header(file.read(length), size, str(path))
     except OSError as error:
         raise ModelNotFound(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_ahead(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
+    """Have the system read just these bytes [start, end) of a file that is mapped, before they are used.
+
+    Where it finds a page missing on use, it reads megabytes around it. Returns at once. Raises OSError.
+    """
+    with open(path, "rb", buffering=0) as file:
+        for start, end in ranges:
+            for position in range(start, end, _READ_AHEAD_BYTES):
+                length = min(_READ_AHEAD_BYTES, end - position)
+                os.posix_fadvise(file.fileno(), position, length, os.POSIX_FADV_WILLNEED)
 
 
 def header_length(first_bytes: bytes, size: int, label: str) -> int:
