@@ -17,12 +17,15 @@ import torch
 from fake_hub import COMMIT, FakeHub, sha256
 
 from swarm import hub_parts, range_download
+from swarm.adapter_files import adapter_digest
+from swarm.adapter_hub import find_adapter
 from swarm.cache_folder import cache_folder
 from swarm.checkpoint import open_checkpoint
 from swarm.errors import DownloadFailed, ModelNotFound
 from swarm.hub import find_on_hub
 from swarm.partial_file import PartialFile
 from swarm.progress import Progress
+from swarm.server.adapters.fetching import fetch_adapter
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -550,3 +553,20 @@ def test_safetensors_can_read_a_file_with_holes(folder, use_hub):
     assert path.stat().st_size == len(hub.files[SINGLE])
     with safetensors.safe_open(path, framework="pt") as file:
         assert torch.equal(file.get_tensor(block(1)[0]), open_checkpoint(str(folder)).read(block(1))[block(1)[0]])
+
+
+def test_an_adapter_of_a_hub(tmp_path, use_hub):
+    """Which one it is, is known without its weights."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)))
+    hub = use_hub(folder)
+    reference = find_adapter("org/tiny")
+    files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    assert reference.digest == adapter_digest(files)
+    assert hub.sent() == 0
+    fetched = fetch_adapter("org/tiny", max_bytes=1000)
+    assert [(fetched / file.name).read_bytes() for file in files] == [file.read_bytes() for file in files]
+    assert hub.sent() == 256
