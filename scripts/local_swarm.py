@@ -33,7 +33,7 @@ class ServerFailed(SwarmError):
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One `run-server` process: its blocks "A:B" and further flags.
+    """One `run-server` process: its blocks "A:B", or "" to let it choose, and further flags.
 
     link: what stands between it and everybody else; None: the swarm's.
     program: see `RUN_SERVER`; None: the swarm's.
@@ -43,6 +43,9 @@ class ServerSpec:
     flags: tuple[str, ...] = ()
     link: Link | None = None
     program: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return f"the server of blocks {self.blocks}" if self.blocks else "the server that chooses its blocks"
 
 
 class ServerProcess:
@@ -69,7 +72,8 @@ class ServerProcess:
         self.seconds_to_ready = 0.0
         peers = ["--new-swarm"] if not initial_peers else ["--initial-peers", ",".join(initial_peers)]
         listen = ("--host-maddrs", LOOPBACK) if link is None else link.flags
-        command = [sys.executable, "-m", *(spec.program or RUN_SERVER), model, *peers, "--blocks", spec.blocks]
+        command = [sys.executable, "-m", *(spec.program or RUN_SERVER), model, *peers]
+        command += ["--blocks", spec.blocks] if spec.blocks else []
         command += [*listen, "--stop-with-stdin", *spec.flags]
         self.process = subprocess.Popen(
             command,
@@ -95,11 +99,9 @@ class ServerProcess:
         deadline = time.monotonic() + timeout
         while not self._ready.wait(0.05):
             if self.process.poll() is not None:
-                raise ServerFailed(f"the server of blocks {self.spec.blocks} ended: {self.last_words()}")
+                raise ServerFailed(f"{self.spec} ended: {self.last_words()}")
             if time.monotonic() > deadline:
-                raise ServerFailed(
-                    f"the server of blocks {self.spec.blocks} was not ready after {timeout:g} s: {self.last_words()}"
-                )
+                raise ServerFailed(f"{self.spec} was not ready after {timeout:g} s: {self.last_words()}")
         return self.address
 
     def kill(self) -> None:
