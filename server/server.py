@@ -11,13 +11,13 @@ import torch
 
 import swarm
 from swarm.addresses import only_relayed
-from swarm.architectures import architecture_of, check_span, num_blocks
+from swarm.architectures import architecture_of, check_span, num_blocks, span_tensors
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
 from swarm.errors import EngineError, NetworkError, SwarmError, UsageError
 from swarm.node import Node, NodeConfig
-from swarm.progress import QUIET, Progress
+from swarm.progress import QUIET, Progress, StoppableProgress
 from swarm.routing.placement import choose_span, keep_or_choose, makes_room
 from swarm.routing.rebalancing import RebalancingPolicy
 
@@ -233,6 +233,27 @@ class Server:
             self._moving.cancel()
             await asyncio.gather(self._moving, return_exceptions=True)
             self._moving = None
+
+    async def prepare(self, span: BlockSpan) -> bool:
+        """Fetch what these blocks need of a hub model, as far as it is not here. Whether anything was missing.
+
+        Raises ModelNotFound.
+        """
+        checkpoint = self._setup.checkpoint
+        names = span_tensors(architecture_of(checkpoint.config), checkpoint.tensor_names(), span)
+        progress = StoppableProgress(self._progress)
+
+        def fetch() -> bool:
+            if checkpoint.missing(names) == 0:
+                return False
+            self._report(f"fetching blocks {span}, where the swarm needs this server more")
+            checkpoint.fetch(names, progress)
+            return True
+
+        try:
+            return await in_daemon_thread(fetch)
+        finally:
+            progress.stop()  # whoever does not wait for it any more does not want it
 
     async def move(self, span: BlockSpan) -> None:
         """Drain, and serve these blocks instead. If they cannot be loaded, the old ones again.

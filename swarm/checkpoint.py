@@ -91,6 +91,10 @@ class Checkpoint:
         """
         self._files.fetch(self._by_file(names), progress)
 
+    def missing(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors that are not on this machine yet. Of a hub model this may fetch headers."""
+        return self._files.missing(self._by_file(names))
+
     def read(self, names: Iterable[str], progress: Progress = QUIET) -> dict[str, torch.Tensor]:
         """These tensors, on the CPU, as views into the mapped files: memory is taken as they are used.
 

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 from .errors import DownloadFailed, ModelNotFound
 from .hub_errors import HubUnreachable, hub_errors
-from .hub_parts import HubParts, Listing, RemoteFile, remote_file, save_listing, saved_listing, tensor_ranges
+from .hub_parts import (
+    FileRanges,
+    HubParts,
+    Listing,
+    RemoteFile,
+    remote_file,
+    save_listing,
+    saved_listing,
+    tensor_ranges,
+)
 from .progress import Progress
 from .weight_files import Header, digest_of, first_line, read_header
 
@@ -71,8 +80,21 @@ class HubFiles:
         return self._headers[file]
 
     def fetch(self, wanted: Mapping[str, Collection[str]], progress: Progress) -> dict[str, Path]:
+        paths, ranges = self._split(wanted)
+        if ranges:
+            save_listing(self.model, self.commit, {**self.listing, **self._asked})
+            paths |= self._parts.fetch(ranges, progress)
+        for file, names in wanted.items():
+            self._here.setdefault(file, (paths[file], set()))[1].update(names)
+        return paths
+
+    def missing(self, wanted: Mapping[str, Collection[str]]) -> int:
+        return self._parts.missing(self._split(wanted)[1])
+
+    def _split(self, wanted: Mapping[str, Collection[str]]) -> tuple[dict[str, Path], FileRanges]:
+        """Which files are here as far as they are wanted, and which parts are wanted of the others."""
         paths: dict[str, Path] = {}
-        ranges = {}
+        ranges: FileRanges = {}
         for file, names in wanted.items():
             path, here = self._here.get(file, (None, set()))
             if path is None or not here.issuperset(names):
@@ -84,12 +106,7 @@ class HubFiles:
             if absent := sorted(set(names) - header.keys()):
                 raise ModelNotFound(f"{file} of the hub model {self.model} lacks the tensor {absent[0]}")
             ranges[file] = (self._remote(file), tensor_ranges(header, names))
-        if ranges:
-            save_listing(self.model, self.commit, {**self.listing, **self._asked})
-            paths |= self._parts.fetch(ranges, progress)
-        for file, names in wanted.items():
-            self._here.setdefault(file, (paths[file], set()))[1].update(names)
-        return paths
+        return paths, ranges
 
     def _cached(self, file: str) -> Path | None:
         """All of a file, if the hub library has it."""

@@ -47,6 +47,8 @@ class RemoteFile(NamedTuple):
 
 
 Listing = Mapping[str, RemoteFile]
+#: Parts of weight files, by name.
+FileRanges = dict[str, tuple[RemoteFile, Sequence[ByteRange]]]
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,7 @@ class HubParts:
             self._discard(file, remote)
             raise
 
-    def fetch(
-        self, wanted: Mapping[str, tuple[RemoteFile, Sequence[ByteRange]]], progress: Progress
-    ) -> dict[str, Path]:
+    def fetch(self, wanted: FileRanges, progress: Progress) -> dict[str, Path]:
         """Bring these ranges of files here, several at a time, as far as they are not. Returns where the files are.
 
         Raises DownloadFailed; what has come until then is kept.
@@ -100,6 +100,11 @@ class HubParts:
                 writer.record()
                 self._check_whole(file, wanted[file][0], writer, meter)
         return {file: partial.path for file, partial in partials.items()}
+
+    def missing(self, wanted: FileRanges) -> int:
+        """Bytes of these ranges that are not here."""
+        with self._disk_errors():
+            return sum(nbytes(missing(ranges, self._partial(remote).parts())) for remote, ranges in wanted.values())
 
     def _pieces(
         self, file: str, remote: RemoteFile, ranges: Sequence[ByteRange], writer: PartialWriter, meter: _Meter

@@ -55,6 +55,9 @@ class Files(Protocol):
         The files are whole or as long as the whole, and nothing but header and these tensors need be there.
         """
 
+    def missing(self, wanted: Mapping[str, Collection[str]]) -> int:
+        """Bytes of these tensors that `fetch` would have to fetch."""
+
 
 @dataclass(frozen=True)
 class FolderFiles:
@@ -74,6 +77,9 @@ class FolderFiles:
 
     def fetch(self, wanted: Mapping[str, Collection[str]], progress: Progress) -> Mapping[str, Path]:
         return {file: self.path(file) for file in wanted}
+
+    def missing(self, wanted: Mapping[str, Collection[str]]) -> int:
+        return 0
 
 
 def read_header(path: Path) -> Header:

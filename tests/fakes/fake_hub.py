@@ -12,6 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -87,6 +88,7 @@ class FakeHub:
         self.close()
 
 
+@lru_cache(maxsize=64)  # asked for with every request
 def sha256(contents: bytes) -> str:
     return hashlib.sha256(contents).hexdigest()
 

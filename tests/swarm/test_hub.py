@@ -24,7 +24,7 @@ from swarm.checkpoint import open_checkpoint
 from swarm.errors import DownloadFailed, ModelNotFound
 from swarm.hub import find_on_hub
 from swarm.partial_file import PartialFile
-from swarm.progress import Progress
+from swarm.progress import Progress, StoppableProgress, Stopped
 from swarm.server.adapters.fetching import fetch_adapter
 
 SINGLE = "model.safetensors"
@@ -570,3 +570,32 @@ def test_an_adapter_of_a_hub(tmp_path, use_hub):
     fetched = fetch_adapter("org/tiny", max_bytes=1000)
     assert [(fetched / file.name).read_bytes() for file in files] == [file.read_bytes() for file in files]
     assert hub.sent() == 256
+
+
+def test_what_is_missing_is_known_before_it_is_fetched(folder, use_hub):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    assert checkpoint.missing(block(1)) == checkpoint.nbytes(block(1))
+    assert hub.sent() == header_bytes(hub.files[SINGLE])
+    checkpoint.fetch(block(1))
+    assert checkpoint.missing(block(1)) == 0
+    assert checkpoint.missing([*block(1), *block(2)]) == checkpoint.nbytes(block(2))
+    assert open_checkpoint(str(folder)).missing(block(1)) == 0
+
+
+def test_a_download_that_nobody_wants_any_more_ends(folder, use_hub):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    told = []
+
+    class Told(Progress):
+        def fetched(self, done: int, total: int) -> None:
+            told.append(done)
+            progress.stop()
+
+    progress = StoppableProgress(Told())
+    names = [name for name in checkpoint.tensor_names() if name.startswith("model.layers.")]
+    hub.slow_after = hub.sent() + 1000
+    with pytest.raises(Stopped):
+        checkpoint.fetch(names, progress)
+    assert told == [0]
