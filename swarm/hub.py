@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _TIMEOUT = 10.0  # seconds for the hub to begin an answer
 #: A model's configuration takes kilobytes. Strangers choose which adapters a server looks up, so there is a limit.
 _MAX_NOTE_BYTES = 8_000_000
-_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass

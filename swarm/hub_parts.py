@@ -81,7 +81,7 @@ class HubParts:
 
         Raises DownloadFailed; what has come until then is kept.
         """
-        partials = {file: self._partial(remote) for file, (remote, _) in wanted.items()}
+        partials = {file: self._partial(file, remote) for file, (remote, _) in wanted.items()}
         with ExitStack() as stack, self._disk_errors():
             pieces: list[Piece] = []
             meter = _Meter(progress)
@@ -98,13 +98,16 @@ class HubParts:
                 download(pieces, self.headers)
             for file, writer in writers.items():
                 writer.record()
-                self._check_whole(file, wanted[file][0], writer, meter)
+                self._check_whole(file, wanted[file][0], writer)
         return {file: partial.path for file, partial in partials.items()}
 
     def missing(self, wanted: FileRanges) -> int:
         """Bytes of these ranges that are not here."""
         with self._disk_errors():
-            return sum(nbytes(missing(ranges, self._partial(remote).parts())) for remote, ranges in wanted.values())
+            return sum(
+                nbytes(missing(ranges, self._partial(file, remote).parts()))
+                for file, (remote, ranges) in wanted.items()
+            )
 
     def _pieces(
         self, file: str, remote: RemoteFile, ranges: Sequence[ByteRange], writer: PartialWriter, meter: _Meter
@@ -126,7 +129,7 @@ class HubParts:
         ]
 
     def _bytes(self, file: str, remote: RemoteFile, wanted: ByteRange) -> bytes:
-        partial = self._partial(remote)
+        partial = self._partial(file, remote)
         if missing([wanted], partial.parts()):
             self.fetch({file: (remote, [wanted])}, QUIET)
         with self._disk_errors(), open(partial.path, "rb") as data:
@@ -135,14 +138,14 @@ class HubParts:
 
     def _discard(self, file: str, remote: RemoteFile) -> None:
         """Of a file whose header is damaged: if it is sound on the hub, the next attempt finds it so."""
-        with self._disk_errors(), self._locked(self._partial(remote), file) as writer:
+        with self._disk_errors(), self._locked(self._partial(file, remote), file) as writer:
             writer.discard()
 
-    def _check_whole(self, file: str, remote: RemoteFile, writer: PartialWriter, meter: _Meter) -> None:
+    def _check_whole(self, file: str, remote: RemoteFile, writer: PartialWriter) -> None:
         """A file of which every part is here: are they the right ones? Raises DownloadFailed."""
         if writer.file.checked or writer.file.parts() != [(0, remote.size)]:
             return
-        if writer.sha256(meter.tick) == remote.sha256:
+        if writer.sha256() == remote.sha256:
             writer.mark_checked()
             return
         writer.discard()
@@ -157,8 +160,8 @@ class HubParts:
         if wanted > free:
             raise _no_room(folder, f"{_readable(wanted)} are needed, {_readable(free)} are free")
 
-    def _partial(self, remote: RemoteFile) -> PartialFile:
-        return PartialFile(_folder(self.model) / f"{remote.sha256}.safetensors", remote.size)
+    def _partial(self, file: str, remote: RemoteFile) -> PartialFile:
+        return PartialFile(_folder(self.model) / f"{remote.sha256}-{file}", remote.size)
 
     def _locked(self, partial: PartialFile, file: str, waiting: Callable[[], None] = lambda: None) -> PartialWriter:
         try:

@@ -127,15 +127,10 @@ class PartialWriter:
             os.fdatasync(self._data)
             self._append("".join(f"{start} {end}\n" for start, end in pending))
 
-    def sha256(self, reading: Callable[[], None] = lambda: None) -> str:
-        """Of all bytes, in hex digits. reading: called now and then; may raise."""
-        digest = hashlib.sha256()
-        buffer = bytearray(2**22)
-        with open(self.file.path, "rb", buffering=0) as data:
-            while count := data.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-                reading()
-        return digest.hexdigest()
+    def sha256(self) -> str:
+        """Of all bytes, in hex digits."""
+        with open(self.file.path, "rb") as data:
+            return hashlib.file_digest(data, "sha256").hexdigest()
 
     def mark_checked(self) -> None:
         self._append(_CHECKED)

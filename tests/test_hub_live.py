@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,10 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from fake_hub import FakeHub
+from fake_hub import FakeHub, ask
 
+from swarm import AutoSwarmModelForCausalLM
 from swarm.architectures import architecture_of, client_tensors, span_tensors
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan
@@ -23,18 +24,6 @@ from swarm.scripts.local_swarm import LocalSwarm, ServerProcess, ServerSpec
 FLAGS = ["--threads", "1", "--dtype", "float32"]
 TOKEN = "hf_right"
 PATIENCE = 120.0  # seconds, for machines that are busy with other tests
-
-#: Arguments: addresses of the swarm, tokens of the prompt.
-CLIENT = """
-import json, sys, torch
-from swarm import AutoSwarmModelForCausalLM
-
-torch.set_num_threads(1)
-model = AutoSwarmModelForCausalLM.from_pretrained("org/tiny", initial_peers=sys.argv[1].split(","))
-tokens = model.generate(torch.tensor([json.loads(sys.argv[2])]), max_new_tokens=8, do_sample=False)
-print(json.dumps(tokens[0].tolist()))
-model.close()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +39,10 @@ def sharded_folder(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def hub(sharded_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The hub of all processes that a test starts, with caches of their own."""
+    """The hub of this process and all that a test starts, with caches of their own."""
     with FakeHub(sharded_folder) as hub:
+        ask(hub.url, monkeypatch)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "huggingface" / "hub"))
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
         monkeypatch.setenv("PETSWARM_CACHE", str(tmp_path / "petswarm"))
@@ -71,14 +62,16 @@ def share(checkpoint: Checkpoint, blocks: str | None) -> tuple[int, int]:
     return checkpoint.nbytes(wanted), sum(headers)
 
 
-def run_client(swarm: LocalSwarm, prompt: list[int]) -> list[int]:
-    command = [sys.executable, "-c", CLIENT, ",".join(swarm.initial_peers), json.dumps(prompt)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    tokens: list[int] = json.loads(done.stdout)
-    return tokens
+def generate(swarm: LocalSwarm, prompt: list[int]) -> list[int]:
+    model = AutoSwarmModelForCausalLM.from_pretrained("org/tiny", initial_peers=swarm.initial_peers)
+    try:
+        tokens: list[int] = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0].tolist()
+        return tokens
+    finally:
+        model.close()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_every_process_fetches_its_part(hub: FakeHub, sharded_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a gated model, over a line that breaks now and then."""
     from transformers import AutoModelForCausalLM
@@ -102,7 +95,7 @@ def test_every_process_fetches_its_part(hub: FakeHub, sharded_folder: Path, monk
         swarm.add("4:8")
         check("4:8")
         prompt = [5, 6, 7]
-        tokens = run_client(swarm, prompt)
+        tokens = generate(swarm, prompt)
         check(None)
         assert not any(file.endswith(".safetensors") for file in hub.whole_files())
         tokens_sent = {request.token for request in hub.requests if "/resolve/" in request.path}
@@ -118,7 +111,8 @@ def recorded(cache: Path, local: Path) -> int:
     return sum(end - start for part in parts if part.size in sizes for start, end in part.parts())
 
 
-def test_a_killed_download_goes_on_where_it_was(hub: FakeHub, sharded_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_server_goes_on_where_it_was(hub: FakeHub, sharded_folder: Path, tmp_path: Path) -> None:
     tensors, headers = share(open_checkpoint(str(sharded_folder)), "0:8")
     hub.slow_after = tensors // 2
     killed = ServerProcess("org/tiny", ServerSpec("0:8", ("--threads", "1")), tmp_path / "log")
@@ -137,6 +131,7 @@ def test_a_killed_download_goes_on_where_it_was(hub: FakeHub, sharded_folder: Pa
         assert hub.sent() - before <= 1.05 * tensors + headers - kept
 
 
+@pytest.mark.slow
 def test_a_gated_model_without_a_token(hub: FakeHub) -> None:
     hub.token = TOKEN
     environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
@@ -156,13 +151,15 @@ def test_the_hub_may_go_away_afterwards(hub: FakeHub, monkeypatch: pytest.Monkey
     """And with HF_HUB_OFFLINE nobody asks whether it is there."""
     prompt = [5, 6, 7]
     with LocalSwarm("org/tiny", ["0:8"], flags=FLAGS, start_timeout=PATIENCE) as swarm:
-        tokens = run_client(swarm, prompt)
+        tokens = generate(swarm, prompt)
     before = len(hub.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with LocalSwarm("org/tiny", ["0:8"], flags=FLAGS, start_timeout=PATIENCE) as swarm:
-        assert run_client(swarm, prompt) == tokens
+        assert generate(swarm, prompt) == tokens
     assert len(hub.requests) == before
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub.close()
     with LocalSwarm("org/tiny", ["0:8"], flags=FLAGS, start_timeout=PATIENCE) as swarm:
-        assert run_client(swarm, prompt) == tokens
+        assert generate(swarm, prompt) == tokens

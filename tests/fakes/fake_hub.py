@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
+import huggingface_hub
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "org/tiny"
 
@@ -91,6 +94,14 @@ class FakeHub:
 @lru_cache(maxsize=64)  # asked for with every request
 def sha256(contents: bytes) -> str:
     return hashlib.sha256(contents).hexdigest()
+
+
+def ask(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the hub's library in this process ask this hub; it reads HF_ENDPOINT only once, when it is imported."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
 
 
 def _is_large(file: str) -> bool:

@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from fake_hub import COMMIT, FakeHub, sha256
+from fake_hub import COMMIT, FakeHub, ask, sha256
 
 from swarm import hub_parts, range_download
 from swarm.adapter_files import adapter_digest
@@ -39,14 +42,6 @@ def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(range_download, "RETRY_DELAYS", (0.01, 0.01))
 
 
-def point_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Make the hub's library ask this URL; it reads HF_ENDPOINT only once, when it is imported."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-
-
 @pytest.fixture
 def use_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], FakeHub]]:
     """A function that starts a hub with the files of a folder and makes it the one that is asked."""
@@ -54,7 +49,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], FakeHu
 
     def start(folder: Path) -> FakeHub:
         hubs.append(FakeHub(folder))
-        point_to(monkeypatch, hubs[-1].url)
+        ask(hubs[-1].url, monkeypatch)
         return hubs[-1]
 
     yield start
@@ -64,7 +59,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], FakeHu
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    point_to(monkeypatch, NOWHERE)
+    ask(NOWHERE, monkeypatch)
 
 
 def block(number: int) -> list[str]:
@@ -262,6 +257,18 @@ def test_a_long_range_goes_over_several_connections(folder, use_hub, monkeypatch
     assert_equal(checkpoint.read(block(1)), open_checkpoint(str(folder)).read(block(1)))
 
 
+def test_two_files_with_the_same_contents(sharded, use_hub):
+    hub = use_hub(sharded)
+    shard = shard_of(sharded, block(3)[0])
+    names = [name for name in block(3) if shard_of(sharded, name) == shard]
+    hub.files["copy.safetensors"] = hub.files[shard]
+    index = json.loads(hub.files[INDEX])
+    other = next(name for name, file in index["weight_map"].items() if file == shard and name not in names)
+    index["weight_map"][other] = "copy.safetensors"
+    hub.files[INDEX] = json.dumps(index).encode()
+    assert_equal(open_checkpoint("org/tiny").read([*names, other]), open_checkpoint(str(sharded)).read([*names, other]))
+
+
 def test_progress_counts_the_bytes_that_were_missing(folder, use_hub):
     hub = use_hub(folder)
     told: list[tuple[int, int]] = []
@@ -278,6 +285,8 @@ def test_progress_counts_the_bytes_that_were_missing(folder, use_hub):
     told.clear()
     checkpoint.fetch(block(1), Told())
     assert told == []
+    checkpoint.fetch(checkpoint.tensor_names(), Told())  # it is whole now, so it is hashed
+    assert [done for done, total in told].count(told[-1][1]) == 1
 
 
 def test_whoever_watches_can_end_the_download(folder, use_hub):
@@ -316,7 +325,7 @@ def test_a_model_used_before_works_while_the_hub_is_away(sharded, use_hub, monke
     use_hub(sharded)
     before = open_checkpoint("org/tiny")
     expected = before.read(block(3))
-    point_to(monkeypatch, NOWHERE)
+    ask(NOWHERE, monkeypatch)
     offline = open_checkpoint("org/tiny")
     assert "using what was downloaded" in caplog.text
     assert offline.fingerprint() == before.fingerprint()
@@ -331,7 +340,7 @@ def test_a_model_of_one_file_works_while_the_hub_is_away(folder, use_hub, monkey
     hub.hashes_known = False
     before = open_checkpoint("org/tiny")
     expected = before.read(block(3))
-    point_to(monkeypatch, NOWHERE)
+    ask(NOWHERE, monkeypatch)
     offline = open_checkpoint("org/tiny")
     assert offline.fingerprint() == before.fingerprint()
     assert_equal(offline.read(block(3)), expected)
@@ -455,6 +464,42 @@ def test_what_came_before_a_failure_is_not_fetched_again(folder, use_hub):
     assert hub.sent() - before <= 1.05 * checkpoint.nbytes(names)
 
 
+#: Fetches the tensors whose names begin as given.
+FETCHING = """
+import sys
+from swarm.hub import find_on_hub
+from swarm.progress import QUIET
+
+files, _ = find_on_hub("org/tiny", None, None)
+files.fetch({sys.argv[1]: [name for name in files.header(sys.argv[1]) if name.startswith(sys.argv[2])]}, QUIET)
+"""
+
+
+def test_a_killed_process_leaves_what_came(folder, use_hub, monkeypatch, tmp_path):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    names = [name for name in checkpoint.tensor_names() if name.startswith("model.layers.")]
+    needed = checkpoint.missing(names)
+    hub.slow_after = hub.sent() + needed // 2
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    fetching = subprocess.Popen([sys.executable, "-c", FETCHING, SINGLE, "model.layers."])
+    try:
+        deadline = time.monotonic() + 120.0
+        while checkpoint.missing(names) > 0.6 * needed:
+            assert fetching.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        fetching.kill()
+        fetching.wait()
+    left = checkpoint.missing(names)
+    hub.slow_after = None
+    before = hub.sent()
+    assert_equal(checkpoint.read(names), open_checkpoint(str(folder)).read(names))
+    assert left <= hub.sent() - before <= 1.05 * left
+
+
 def test_a_hub_that_serves_no_parts(folder, use_hub):
     use_hub(folder).serves_ranges = False
     assert "does not send parts of model.safetensors; download the model as a whole first: hf download" in refusal(
@@ -464,7 +509,7 @@ def test_a_hub_that_serves_no_parts(folder, use_hub):
 
 def parts_of(contents: bytes) -> PartialFile:
     (path,) = (cache_folder() / "hub" / "org--tiny").glob("*.safetensors")
-    assert path.stem == sha256(contents)
+    assert path.name == f"{sha256(contents)}-{SINGLE}"
     return PartialFile(path, len(contents))
 
 
@@ -539,7 +584,7 @@ def test_the_lists_that_are_kept_may_be_junk(folder, use_hub, monkeypatch):
     use_hub(folder)
     open_checkpoint("org/tiny").read(block(3))
     listing = cache_folder() / "hub" / "org--tiny" / f"{COMMIT}.json"
-    point_to(monkeypatch, NOWHERE)
+    ask(NOWHERE, monkeypatch)
     for junk in ("", "[]", '{"model.safetensors": 5}', '{"model.safetensors": [-1, "x"]}'):
         listing.write_text(junk)
         assert "has no *.safetensors files" in refusal("org/tiny")
