@@ -26,7 +26,7 @@ from .cache_folder import cache_folder, replace_file
 from .errors import DownloadFailed, ModelNotFound
 from .partial_file import FileBusy, PartialFile, PartialWriter
 from .progress import QUIET, Progress
-from .range_download import REQUEST_BYTES, Piece, download
+from .range_download import LONGEST_WAIT, REQUEST_BYTES, Piece, download
 from .weight_files import LENGTH_BYTES, Header, header_length, parse_header
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 #: Of the bytes that are needed, this part may be fetched besides, if that saves requests.
 _SLACK = 1 / 50
 #: Wait for another process that downloads the same file, as long as something comes within this many seconds.
-_PATIENCE = 60.0
+_PATIENCE = LONGEST_WAIT + 60.0
 _REPORT_PERIOD = 0.1  # seconds
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -82,7 +82,7 @@ class HubParts:
         Raises DownloadFailed; what has come until then is kept.
         """
         partials = {file: self._partial(file, remote) for file, (remote, _) in wanted.items()}
-        with ExitStack() as stack, self._disk_errors():
+        with self._disk_errors(), ExitStack() as stack:
             pieces: list[Piece] = []
             meter = _Meter(progress)
             writers: dict[str, PartialWriter] = {}

@@ -147,7 +147,8 @@ def _receive(piece: Piece, position: int, headers: Mapping[str, str]) -> Generat
     asked = {**headers, "Accept-Encoding": "identity", "Range": f"bytes={position}-{end - 1}"}
     try:
         session = get_session()
-        with session.stream("GET", piece.url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with session.stream("GET", piece.url, headers=asked, timeout=timeout, follow_redirects=True) as response:
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)

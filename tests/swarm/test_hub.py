@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -22,13 +24,17 @@ from fake_hub import COMMIT, FakeHub, ask, sha256
 from swarm import hub_parts, range_download
 from swarm.adapter_files import adapter_digest
 from swarm.adapter_hub import find_adapter
+from swarm.architectures import architecture_of, span_tensors
 from swarm.cache_folder import cache_folder
 from swarm.checkpoint import open_checkpoint
+from swarm.data_structures import BlockSpan
 from swarm.errors import DownloadFailed, ModelNotFound
 from swarm.hub import find_on_hub
 from swarm.partial_file import PartialFile
 from swarm.progress import Progress, StoppableProgress, Stopped
 from swarm.server.adapters.fetching import fetch_adapter
+from swarm.server.config import ServerConfig
+from swarm.server.server import Server
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -372,6 +378,7 @@ def test_a_gated_model(folder, use_hub):
 def test_the_token_goes_with_every_request_and_not_to_other_hosts(folder, use_hub, monkeypatch):
     hub = use_hub(folder)
     hub.token = "hf_right"
+    hub.hashes_known = False  # so that it is asked for the file's tag, too
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     open_checkpoint("org/tiny").read(block(1))
     for request in hub.requests:
@@ -568,6 +575,31 @@ def test_a_full_disk(folder, use_hub, monkeypatch):
     assert len(hub.requests) == before
 
 
+def test_a_disk_that_fills_up_while_it_is_written_to(folder, use_hub, monkeypatch):
+    use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(DownloadFailed, match="the disk is full; make room"):
+        checkpoint.fetch(block(1))
+
+
+def test_another_process_that_hangs(folder, use_hub, monkeypatch):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(block(1))
+    monkeypatch.setattr(hub_parts, "_PATIENCE", 0.0)
+    with (
+        parts_of(hub.files[SINGLE]).lock(1.0),
+        pytest.raises(DownloadFailed, match=r"another process has been downloading model\.safetensors"),
+    ):
+        checkpoint.fetch(block(2))
+    checkpoint.fetch(block(2))
+
+
 def test_a_cache_that_cannot_be_written(folder, use_hub, monkeypatch):
     use_hub(folder)
     monkeypatch.setenv("PETSWARM_CACHE", "/proc/nothing-can-be-kept-here")
@@ -644,3 +676,36 @@ def test_a_download_that_nobody_wants_any_more_ends(folder, use_hub):
     with pytest.raises(Stopped):
         checkpoint.fetch(names, progress)
     assert told == [0]
+
+
+async def test_a_server_fetches_before_it_moves(folder, use_hub):
+    hub = use_hub(folder)
+    reports = []
+    server = Server(ServerConfig(model="org/tiny"), report=reports.append)
+    checkpoint = open_checkpoint("org/tiny")
+    server._setup = SimpleNamespace(checkpoint=checkpoint)
+    span = BlockSpan(start=1, end=3)
+    assert await server.prepare(span)
+    assert reports == ["fetching blocks 1:3, where the swarm needs this server more"]
+    before = hub.sent()
+    assert not await server.prepare(span)
+    checkpoint.fetch(span_tensors(architecture_of(checkpoint.config), checkpoint.tensor_names(), span))
+    assert hub.sent() == before
+
+
+async def test_a_server_that_is_told_otherwise_stops_fetching(folder, use_hub):
+    hub = use_hub(folder)
+    server = Server(ServerConfig(model="org/tiny"))
+    checkpoint = open_checkpoint("org/tiny")
+    server._setup = SimpleNamespace(checkpoint=checkpoint)
+    hub.slow_after = hub.sent() + 1000
+    preparing = asyncio.create_task(server.prepare(BlockSpan(start=1, end=3)))
+    async with asyncio.timeout(60):
+        while hub.sent() <= hub.slow_after:
+            await asyncio.sleep(0.01)
+        preparing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await preparing
+        partial = parts_of(hub.files[SINGLE])
+        (await asyncio.to_thread(partial.lock, 60.0)).close()  # which nobody holds any more
+    assert checkpoint.missing(checkpoint.tensor_names()) > 0
