@@ -1,9 +1,16 @@
-"""What tests of checkpoints share: a tiny model, in one weight file and in several."""
+"""What tests of checkpoints share: a tiny model, in one weight file and in several, and a hub that has it."""
+
+from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from fake_hub import FakeHub, ask
+
+from swarm import range_download
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +53,31 @@ def hashed(monkeypatch):
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: seen.append(Path(file.name)) or digest(file, name))
     return seen
+
+
+@pytest.fixture
+def hub_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of the test's own, and a hub that is not waited for long."""
+    monkeypatch.setenv("PETSWARM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(range_download, "RETRY_DELAYS", (0.01, 0.01))
+
+
+@pytest.fixture
+def use_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], FakeHub]]:
+    """A function that starts a hub with the files of a folder and makes it the one that is asked."""
+    hubs = []
+
+    def start(folder: Path) -> FakeHub:
+        hubs.append(FakeHub(folder))
+        ask(hubs[-1].url, monkeypatch)
+        return hubs[-1]
+
+    yield start
+    for hub in hubs:
+        hub.close()
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask("http://127.0.0.1:9", monkeypatch)
