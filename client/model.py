@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 from swarm.architectures import Architecture, architecture_of, client_config, client_tensors
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.errors import NotSupported, UsageError
+from swarm.progress import QUIET, Progress
 from swarm.protocol import explain
 from swarm.quiet import quiet_loading
 from swarm.tensors import DTYPES
@@ -35,22 +36,27 @@ class AutoSwarmModelForCausalLM:
         initial_peers: tuple[str, ...] | list[str] | str | None = None,
         revision: str | None = None,
         token: str | None = None,
+        progress: Progress = QUIET,
         **settings: Any,
     ) -> Any:
         """The Hugging Face model of `model` (a local folder or hub id), connected to the swarm of `initial_peers`.
 
         Its weights are frozen: what is trained comes on top. initial_peers: multiaddresses of live peers; any one
-        suffices. Other keywords are fields of `ClientConfig`.
+        suffices. token: for private and gated hub models; None takes the one that `hf auth login` or HF_TOKEN left.
+        progress: told what is fetched from the hub: embeddings and head, as far as they are not here. Other keywords
+        are fields of `ClientConfig`.
         Raises ModelNotFound, BadAddress, JoinFailed, ModelNotServed, AdapterNotServed, NotSupported, UsageError.
         """
         config = _client_config(initial_peers, settings)
         checkpoint = open_checkpoint(os.fspath(model), revision=revision, token=token)
         architecture = architecture_of(checkpoint.config)
         local = _connected_model(
-            checkpoint, architecture, architecture.causal_class, client_config(checkpoint.config), config
+            checkpoint, architecture, architecture.causal_class, client_config(checkpoint.config), config, progress
         )
         with contextlib.suppress(OSError):  # a checkpoint need not have one
-            local.generation_config = GenerationConfig.from_pretrained(checkpoint.source)
+            local.generation_config = GenerationConfig.from_pretrained(
+                checkpoint.source, revision=checkpoint.revision or "main", token=token
+            )
         speed_up_few_rows(local)
         return local
 
@@ -69,6 +75,7 @@ class AutoSwarmModelForSequenceClassification:
         initial_peers: tuple[str, ...] | list[str] | str | None = None,
         revision: str | None = None,
         token: str | None = None,
+        progress: Progress = QUIET,
         **settings: Any,
     ) -> Any:
         """The Hugging Face classifier of `model`, connected to the swarm of `initial_peers`; only `score` is trainable.
@@ -98,7 +105,7 @@ class AutoSwarmModelForSequenceClassification:
             head.label2id = {label: number for number, label in id2label.items()}
         if problem_type is not None:
             head.problem_type = problem_type
-        local = _connected_model(checkpoint, architecture, _classifier_class(checkpoint.config), head, config)
+        local = _connected_model(checkpoint, architecture, _classifier_class(checkpoint.config), head, config, progress)
         local.score.requires_grad_(True)
         return local
 
@@ -126,6 +133,7 @@ def _connected_model(
     model_class: type[PreTrainedModel],
     model_config: PretrainedConfig,
     config: ClientConfig,
+    progress: Progress,
 ) -> Any:
     """`model_class` with no blocks, its other weights loaded by transformers itself and frozen, in the swarm.
 
@@ -140,7 +148,7 @@ def _connected_model(
         dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
         with quiet_loading():
             local = swarm_model_class(model_class).from_pretrained(
-                None, config=model_config, state_dict=checkpoint.read(own_names), dtype=dtype
+                None, config=model_config, state_dict=checkpoint.read(own_names, progress), dtype=dtype
             )
         local.name_or_path = checkpoint.source  # what tools such as peft load its configuration from
         local.eval().requires_grad_(False)

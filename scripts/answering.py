@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from swarm.client.inference_session import InferenceSession
 from swarm.client.model import AutoSwarmModelForCausalLM
 from swarm.errors import ModelNotFound, SessionTooLong
+from swarm.progress import QUIET, Progress
 
 #: What a tokenizer decodes bytes to that are not a whole character yet.
 _REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -67,6 +68,7 @@ def connected(
     dtype: str,
     show_route: bool,
     adapter: str | None = None,
+    progress: Progress = QUIET,
 ) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer), connected to the swarm. Raises what `AutoSwarmModelForCausalLM.from_pretrained` raises."""
     transformers_logging.set_verbosity_error()  # its advice is for programmers
@@ -79,6 +81,7 @@ def connected(
         dtype=dtype,
         show_route=show_route,
         active_adapter=adapter,
+        progress=progress,
     )
     try:
         yield llm, load_tokenizer(model, revision)

@@ -52,8 +52,10 @@ def chat(
 
     peers = required_peers(initial_peers)
     set_up_logging(verbose)
-    with Console(stderr=True).status("joining the swarm") as status:
+    console = Console(stderr=True)
+    with console.status("joining the swarm") as status:
         from . import answering
+        from .loading_progress import of_client
 
         connection = answering.connected(
             model,
@@ -63,6 +65,7 @@ def chat(
             dtype=dtype.value,
             show_route=show_route,
             adapter=adapter,
+            progress=of_client(status, console),
         )
         with connection as (llm, tokenizer):
             status.stop()

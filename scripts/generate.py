@@ -52,10 +52,12 @@ def generate(
 
     peers = required_peers(initial_peers)
     set_up_logging(verbose)
-    with Console(stderr=True).status("joining the swarm") as status:
+    console = Console(stderr=True)
+    with console.status("joining the swarm") as status:
         import torch
 
         from . import answering
+        from .loading_progress import of_client
 
         sampling = answering.Sampling(max_new_tokens, temperature, top_p, top_k)
         connection = answering.connected(
@@ -66,6 +68,7 @@ def generate(
             dtype=dtype.value,
             show_route=show_route,
             adapter=adapter,
+            progress=of_client(status, console),
         )
         with connection as (llm, tokenizer):
             status.stop()

@@ -213,16 +213,20 @@ def check_peers(new_swarm: bool, initial_peers: list[str] | None) -> tuple[str, 
 
 
 async def _serve(config: ServerConfig) -> None:
+    from rich.console import Console
+
     from swarm.server.server import Server
 
+    from .loading_progress import shown
     from .owner_desk import OwnerDesk, open_to_owner
     from .serving import serve
 
     adopt_loggers()
-    server = Server(config, report=say)
-    desk = OwnerDesk(server, lambda: _status(server))
-    async with open_to_owner(desk):
-        await serve(server, desk.open, config.drain_time)
+    with shown(say, Console(stderr=True)) as progress:
+        server = Server(config, report=say, progress=progress)
+        desk = OwnerDesk(server, lambda: _status(server))
+        async with open_to_owner(desk):
+            await serve(server, desk.open, config.drain_time)
 
 
 def _status(server: Server) -> ServerStatus:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from swarm.data_structures import BlockSpan
+from swarm.progress import Progress
 
 from .adapters.cost_model import AdapterCosts
 from .adapters.costs import known_or_measured_costs
@@ -135,8 +136,9 @@ class Hosting:
                     await asyncio.sleep(_STOP_POLL)
 
 
-def load_blocks(setup: Setup, blocks: BlockSpan, report: Callable[[str], None]) -> Loaded:
+def load_blocks(setup: Setup, blocks: BlockSpan, report: Callable[[str], None], progress: Progress) -> Loaded:
     """Load blocks and measure them. Takes seconds to minutes. report: told what happens, from the calling thread.
+    progress: how far it is.
 
     Raises ModelNotFound or NotSupported.
     """
@@ -154,7 +156,14 @@ def load_blocks(setup: Setup, blocks: BlockSpan, report: Callable[[str], None]) 
         setup.dtype,
         overcommit=config.cache_overcommit,
     )
-    span = load_span(setup.checkpoint, blocks, dtype=setup.dtype, quantization=setup.quantization, device=setup.device)
+    span = load_span(
+        setup.checkpoint,
+        blocks,
+        dtype=setup.dtype,
+        quantization=setup.quantization,
+        device=setup.device,
+        progress=progress,
+    )
     key = setup.speed_key(blocks)
     speed = known_or_measured_speed(span, cache, key)
     if not config.takes_adapters:

@@ -24,6 +24,7 @@ from swarm.architectures import (
 )
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan
+from swarm.progress import QUIET, Progress
 from swarm.quiet import quiet_loading
 
 from .attention import use_paged_attention
@@ -43,14 +44,18 @@ def load_span(
     dtype: torch.dtype,
     quantization: Quantization,
     device: torch.device,
+    progress: Progress = QUIET,
 ) -> Span:
     """Load blocks [start, end). Weights that are neither converted, quantised nor packed stay memory-mapped.
 
-    Raises BadSpan if the span lies outside the model, NotSupported for a model family that cannot be split.
+    Of a hub model, what of them is not here yet is fetched first.
+    Raises BadSpan if the span lies outside the model, NotSupported for a model family that cannot be split,
+    ModelNotFound.
     """
     config = checkpoint.config
     check_span(span, num_blocks(config), checkpoint.name)
     architecture = architecture_of(config)
+    checkpoint.fetch(span_tensors(architecture, checkpoint.tensor_names(), span), progress)
     quantized = quantization_config(quantization, dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if quantized is not None or device.type != "cpu":
@@ -70,6 +75,7 @@ def load_span(
                 packed = True
                 _let_go_of_file(block.parameters())  # what is not packed: norms mostly
             blocks.append(block)
+            progress.loaded(len(blocks), len(span))
     setattr(model, architecture.norm, nn.Identity())
     use_paged_attention(model, like_plain=quantized is not None)
     model.eval().requires_grad_(False)

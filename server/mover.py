@@ -39,6 +39,13 @@ class Movable(Protocol):
         """Be in this state, and let others know. Raises NetworkError."""
         ...
 
+    async def prepare(self, span: BlockSpan) -> bool:
+        """Bring the weights of these blocks to this machine. Whether that was needed, and so took its time.
+
+        Raises ModelNotFound.
+        """
+        ...
+
     async def move(self, span: BlockSpan) -> None:
         """Drain, and serve these blocks instead."""
         ...
@@ -79,6 +86,10 @@ class Mover:
         try:
             span = await asyncio.to_thread(self._rebalancer.decide, await self._server.records())
             if span is None:
+                return
+            if await self._server.prepare(span):
+                # The old blocks were served meanwhile. Now others may be wanted, so this is decided anew, at once.
+                self._alarm.set()
                 return
             await self._server.announce(ServerState.DRAINING)
             leaves = time.monotonic() - started < self._delay / 2 and await self._is_free_to_leave()

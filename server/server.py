@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import swarm
 from swarm.addresses import only_relayed
+from swarm.architectures import architecture_of, span_tensors
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
 from swarm.errors import EngineError, NetworkError, SwarmError
 from swarm.node import Node, NodeConfig
+from swarm.progress import QUIET, Progress, StoppableProgress
 from swarm.routing.placement import choose_span, keep_or_choose, makes_room
 from swarm.routing.rebalancing import RebalancingPolicy
 
@@ -40,10 +42,13 @@ _MAX_CHOICES = 10
 class Server:
     """One span of blocks in one swarm. `start`, then `serve_until_stopped`, on one event loop."""
 
-    def __init__(self, config: ServerConfig, report: Callable[[str], None] = lambda text: None):
-        """report: told in a few words what the server is doing while it starts."""
+    def __init__(
+        self, config: ServerConfig, report: Callable[[str], None] = lambda text: None, progress: Progress = QUIET
+    ):
+        """report: told in a few words what the server is doing. progress: how far its loading is."""
         self.config = config
         self._report = report
+        self._progress = progress
         self.state = ServerState.JOINING
         self._stop = asyncio.Event()
         self._engine_died = asyncio.Event()
@@ -184,7 +189,7 @@ class Server:
         await self._announce_quietly(ServerState.ONLINE)
 
     def _load(self, span: BlockSpan) -> Loaded:
-        return load_blocks(self._setup, span, self._report)
+        return load_blocks(self._setup, span, self._report, self._progress)
 
     async def _let_go(self) -> None:
         """Drain, and give the memory of the blocks back."""
@@ -226,6 +231,27 @@ class Server:
             self._moving.cancel()
             await asyncio.gather(self._moving, return_exceptions=True)
             self._moving = None
+
+    async def prepare(self, span: BlockSpan) -> bool:
+        """Fetch what these blocks need of a hub model, as far as it is not here. Whether anything was missing.
+
+        Raises ModelNotFound.
+        """
+        checkpoint = self._setup.checkpoint
+        names = span_tensors(architecture_of(checkpoint.config), checkpoint.tensor_names(), span)
+        progress = StoppableProgress(self._progress)
+
+        def fetch() -> bool:
+            if checkpoint.missing(names) == 0:
+                return False
+            self._report(f"fetching blocks {span}, where the swarm needs this server more")
+            checkpoint.fetch(names, progress)
+            return True
+
+        try:
+            return await in_daemon_thread(fetch)
+        finally:
+            progress.stop()  # whoever does not wait for it any more does not want it
 
     async def move(self, span: BlockSpan) -> None:
         """Drain, and serve these blocks instead. If they cannot be loaded, the old ones again.

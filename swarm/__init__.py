@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .client.model import AutoSwarmModelForSequenceClassification as AutoSwarmModelForSequenceClassification
     from .data_structures import BlockSpan as BlockSpan
     from .errors import SwarmError as SwarmError
+    from .progress import Progress as Progress
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _HOMES = {
     "ClientConfig": "swarm.client.config",
     "InferenceSession": "swarm.client.inference_session",
     "BlockSpan": "swarm.data_structures",
+    "Progress": "swarm.progress",
     "SwarmError": "swarm.errors",
 }
 

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from .errors import ModelNotFound, NotSupported
 from .fingerprint import combine
 from .hub import find_on_hub
-from .weight_files import Files, FolderFiles, first_line
+from .progress import QUIET, Progress
+from .weight_files import Files, FolderFiles, first_line, read_ahead
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,7 +60,10 @@ class Checkpoint:
         return _FLOATS[weights.most_common(1)[0][0]]
 
     def fingerprint(self) -> str:
-        """64 hex digits that are equal for equal weight files. May read all of them, once: see fingerprint.py."""
+        """64 hex digits that are equal for equal weight files.
+
+        Reads all files of a folder, once: see fingerprint.py. Of a hub model it is made from the hub's own hashes.
+        """
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
             return combine(pool.map(self._files.digest, sorted(set(self._homes.values()))))
 
@@ -80,21 +84,35 @@ class Checkpoint:
                 total += header[name].nbytes
         return total
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def fetch(self, names: Iterable[str], progress: Progress = QUIET) -> None:
+        """Bring these tensors to this machine: of a hub model just their bytes, as far as they are not here yet.
+
+        Raises ModelNotFound for a name that the checkpoint lacks, DownloadFailed; trying again goes on from there.
+        """
+        self._files.fetch(self._by_file(names), progress)
+
+    def missing(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors that are not on this machine yet. Of a hub model this may fetch headers."""
+        return self._files.missing(self._by_file(names))
+
+    def read(self, names: Iterable[str], progress: Progress = QUIET) -> dict[str, torch.Tensor]:
         """These tensors, on the CPU, as views into the mapped files: memory is taken as they are used.
 
-        The mapping is private, so writing to a tensor leaves the file alone. Of a hub model only the files that hold
-        these tensors are downloaded. Raises ModelNotFound for a name that the checkpoint lacks or a damaged file.
+        The mapping is private, so writing to a tensor leaves the file alone. Of a hub model they are fetched first.
+        Raises ModelNotFound for a name that the checkpoint lacks or a damaged file, DownloadFailed.
         """
+        wanted = self._by_file(names)
+        paths = self._files.fetch(wanted, progress)
         tensors = {}
-        for file, wanted in self._by_file(names).items():
-            path = self._files.path(file)
+        for file, names_there in wanted.items():
+            header = self._files.header(file)
             try:
-                with safe_open(path, framework="pt") as shard:
-                    for name in wanted:
+                read_ahead(paths[file], [(header[name].start, header[name].end) for name in names_there])
+                with safe_open(paths[file], framework="pt") as shard:
+                    for name in names_there:
                         tensors[name] = shard.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise ModelNotFound(f"cannot read {path}: {error}") from error
+                raise ModelNotFound(f"cannot read {paths[file]}: {error}") from error
         return tensors
 
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:

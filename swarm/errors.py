@@ -5,6 +5,7 @@ SwarmError
 │   ├── BadAddress          a multiaddress that does not parse, or lacks its /p2p/ part
 │   ├── BadSpan             a span of blocks that is empty or lies outside the model
 │   ├── ModelNotFound       no such model, or a folder without what a model needs
+│   │   └── DownloadFailed  the hub, the way to it or the disk did not let us fetch all of it
 │   └── AdapterError        an adapter that cannot be used: damaged, of another base or kind, too large
 ├── NetworkError            this peer cannot take part in the swarm
 │   ├── JoinFailed          no initial peer answered
@@ -52,6 +53,10 @@ class BadSpan(UsageError):
 
 class ModelNotFound(UsageError):
     """No such model, or a folder without the files that a model needs."""
+
+
+class DownloadFailed(ModelNotFound):
+    """The hub, the way to it or the disk did not let us fetch what is needed of a model."""
 
 
 class AdapterError(UsageError):

@@ -6,7 +6,7 @@ import pytest
 
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.errors import ModelNotFound, NetworkError
+from swarm.errors import DownloadFailed, ModelNotFound, NetworkError
 from swarm.routing.rebalancing import RebalancingPolicy
 from swarm.server.mover import Mover
 
@@ -49,6 +49,7 @@ class FakeServer:
         self.board, self.peer_id = board, peer_id
         self.before_announcing = 0.0
         self.failure = None
+        self.fetches = None  # what happens while the weights of the blocks it moves to are fetched
         self.mover = Mover(self, NUM_BLOCKS, peer_id, policy, DELAY)
 
     @property
@@ -65,6 +66,12 @@ class FakeServer:
             await asyncio.sleep(self.before_announcing)
         self.board.set(self.peer_id, state=state)
         self.board.log.append((self.peer_id, state))
+
+    async def prepare(self, span):
+        fetches, self.fetches = self.fetches, None
+        if fetches is not None:
+            fetches()
+        return fetches is not None
 
     async def move(self, span):
         if self.failure is not None:
@@ -146,6 +153,39 @@ async def test_a_swarm_that_does_not_answer_decides_nothing(board):
         await asyncio.sleep(0)
     board.broken = True  # in the middle of it
     await checking
+    assert (board.spans()["A"], spare.state) == ((0, 4), ONLINE)
+
+
+async def test_weights_are_fetched_before_anybody_is_told_to_leave(board):
+    """And whether to move is decided anew afterwards: it may have taken an hour."""
+    spare, _ = board.add("A", 0, 4, policy=RebalancingPolicy(check_period=36_000.0)), board.add("B", 0, 4, fixed=True)
+    spare.fetches = lambda: board.log.append(("A", "fetched"))
+    running = asyncio.create_task(spare.mover.keep_checking())
+    spare.mover.look(await spare.records())
+    async with asyncio.timeout(20):
+        while board.spans()["A"] != (4, 8):
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert [what for _, what in board.log][:3] == ["fetched", DRAINING, "4:8"]
+
+
+async def test_who_is_not_needed_any_more_once_the_weights_are_there_stays(board):
+    spare, _ = board.add("A", 0, 4), board.add("B", 0, 4, fixed=True)
+    spare.fetches = lambda: board.add("C", 4, 8, fixed=True)
+    await spare.mover.check()
+    await spare.mover.check()
+    assert board.spans()["A"] == (0, 4)
+    assert board.log == []
+
+
+async def test_weights_that_cannot_be_fetched_leave_everything_as_it_is(board):
+    spare, _ = board.add("A", 0, 4), board.add("B", 0, 4, fixed=True)
+
+    def fail():
+        raise DownloadFailed("the hub is away")
+
+    spare.fetches = fail
+    await spare.mover.check()
     assert (board.spans()["A"], spare.state) == ((0, 4), ONLINE)
 
 
