@@ -9,7 +9,8 @@ import warnings
 
 from swarm.scripts.logs import adopt_loggers, say, say_error, set_up_logging
 
-set_up_logging(verbose=sys.argv[1:] == ["verbose"], log_json=True)
+if __name__ == "__main__":  # at once, as a command does
+    set_up_logging(verbose=sys.argv[1:] == ["verbose"], log_json=True)
 
 
 def fail() -> None:
