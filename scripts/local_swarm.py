@@ -37,12 +37,14 @@ class ServerSpec:
 
     link: what stands between it and everybody else; None: the swarm's.
     program: see `RUN_SERVER`; None: the swarm's.
+    listens: without that, others reach it through relays.
     """
 
     blocks: str
     flags: tuple[str, ...] = ()
     link: Link | None = None
     program: tuple[str, ...] | None = None
+    listens: bool = True
 
 
 class ServerProcess:
@@ -68,7 +70,9 @@ class ServerProcess:
         self._ready = threading.Event()
         self.seconds_to_ready = 0.0
         peers = ["--new-swarm"] if not initial_peers else ["--initial-peers", ",".join(initial_peers)]
-        listen = ("--host-maddrs", LOOPBACK) if link is None else link.flags
+        listen = ("--host-maddrs", LOOPBACK) if spec.listens else ("--no-listen",)
+        if link is not None:
+            listen = (*link.flags, "--relay", "never")  # calls back would be one more burden for the link
         command = [sys.executable, "-m", *(spec.program or RUN_SERVER), model, *peers, "--blocks", spec.blocks]
         command += [*listen, "--stop-with-stdin", *spec.flags]
         self.process = subprocess.Popen(

@@ -9,10 +9,9 @@ from collections.abc import Callable
 import torch
 
 import swarm
-from swarm.addresses import only_relayed
 from swarm.architectures import architecture_of, check_span, num_blocks
 from swarm.checkpoint import Checkpoint, open_checkpoint
-from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.data_structures import MAX_RELAYS, BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory
 from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
@@ -63,7 +62,6 @@ class Server:
         self._looking: list[asyncio.Task[None]] = []
         self._sources: list[Source] = []
         self._adapters: AdapterRegistry | None = None
-        self._relayed = False
 
     async def start(self) -> str:
         """Join, load, announce. Returns the address under which others reach this server.
@@ -99,6 +97,9 @@ class Server:
                 host_maddrs=config.host_maddrs,
                 announce_maddrs=config.announce_maddrs,
                 identity_path=config.identity_path,
+                listen=config.listen,
+                relay=config.relay,
+                serve_relay=config.serve_relay,
             )
         )
 
@@ -158,7 +159,7 @@ class Server:
             asyncio.create_task(self._load_average.keep_looking()),
             asyncio.create_task(keep_looking(self._adapters, self._sources, config.adapter_scan_period)),
         ]
-        self._relayed = only_relayed(await self.node.addresses())
+        self.node.on_new_relays = self._announcer.touch
         self._state = ServerState.ONLINE
         await self._announcer.start()
         return await self.node.ready_address()
@@ -253,7 +254,8 @@ class Server:
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,
-            relayed=self._relayed,
+            relayed=self.node.relayed,
+            relays=self.node.relays[:MAX_RELAYS],
             adapters=() if adapters is None else adapters.infos,
             fetches_adapters=adapters is not None and adapters.fetches,
         )

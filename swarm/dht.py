@@ -98,7 +98,7 @@ class Directory:
         self._last_expiration = expires
         subkeys = [self._node.validator.local_public_key] * len(keys)
         stored = await self._node.dht.store_many(
-            keys, contents, expires, subkeys=subkeys, exclude_self=not self._node.config.listen
+            keys, contents, expires, subkeys=subkeys, exclude_self=not self._node.stores_records
         )
         return all(stored.values())
 
@@ -112,6 +112,7 @@ class Directory:
             if info.state == ServerState.OFFLINE:
                 self.dropped["offline"] += 1
             else:
+                self._node.p2p.learn_relays(peer_id, info.relays)
                 records.append(ServerRecord(peer_id, info, expires))
         return records
 
@@ -149,8 +150,8 @@ class Directory:
         """What hivemind finds under these keys. Raises NetworkError if nobody answers, or not in time."""
         self._node.check()
         for _ in range(2):
-            if not self._node.config.listen and not self._node.knows_others():
-                await self._node.rejoin()  # a client stores nothing for others: alone it would see an empty swarm
+            if not self._node.stores_records and not self._node.knows_others():
+                await self._node.rejoin()  # who stores nothing for others would, alone, see an empty swarm
             try:
                 # NaN: no expiration is late enough to end the search early, not even the infinite one that a stranger's
                 # reply may claim; so every peer near the key is asked and the latest record of each server wins.
@@ -158,7 +159,7 @@ class Directory:
                     found: dict[str, Any] = await self._node.dht.get_many(keys, sufficient_expiration_time=float("nan"))
             except Exception as error:
                 raise NetworkError(f"could not read the records of the swarm: {_reason(error)}") from error
-            if self._node.config.listen or self._node.knows_others():
+            if self._node.stores_records or self._node.knows_others():
                 return found
         raise NetworkError("could not read the records of the swarm: none of the peers that we know answers")
 

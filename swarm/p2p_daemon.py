@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import hivemind
@@ -123,6 +124,11 @@ class P2PDaemon:
             return
         self.death_message = f"p2pd ended {ending}: {self._last_line}"
         self.died.set()
+
+
+def socket_root() -> str | None:
+    """A folder whose name leaves room for a socket's: the kernel allows 107 bytes for the whole path."""
+    return None if len(tempfile.gettempdir()) < 60 else "/tmp"
 
 
 def _environment() -> dict[str, str]:

@@ -24,7 +24,8 @@ from swarm import AutoSwarmModelForCausalLM
 from swarm.checkpoint import open_checkpoint
 from swarm.data_structures import ServerInfo
 from swarm.dht import Directory
-from swarm.node import Node, NodeConfig, NodeThread
+from swarm.node import Node, NodeConfig
+from swarm.node_thread import NodeThread
 from swarm.records import write_record
 from swarm.rpc import server_info
 from swarm.scripts import run_server, serving
