@@ -70,7 +70,7 @@ class ServerProcess:
         self._ready = threading.Event()
         self.seconds_to_ready = 0.0
         peers = ["--new-swarm"] if not initial_peers else ["--initial-peers", ",".join(initial_peers)]
-        listen = ("--host-maddrs", LOOPBACK) if spec.listens else ("--no-listen",)
+        listen: tuple[str, ...] = ("--host-maddrs", LOOPBACK) if spec.listens else ("--no-listen",)
         if link is not None:
             listen = (*link.flags, "--relay", "never")  # calls back would be one more burden for the link
         command = [sys.executable, "-m", *(spec.program or RUN_SERVER), model, *peers, "--blocks", spec.blocks]

@@ -15,7 +15,7 @@ from swarm.data_structures import MAX_RELAYS, BlockSpan, ModelInfo, ServerInfo, 
 from swarm.dht import Directory
 from swarm.errors import EngineError, NetworkError, UsageError
 from swarm.node import Node, NodeConfig
-from swarm.routing.placement import choose_span
+from swarm.routing.placement import choose_span, resume_span
 
 from .adapters.cost_model import AdapterCosts
 from .adapters.costs import known_or_measured_costs
@@ -227,9 +227,12 @@ class Server:
         )
 
     async def _choose_span(self, num_wanted: int) -> BlockSpan:
-        """Without --blocks: the part of the model that the swarm holds worst."""
-        records = await Directory(self.node).servers(self.model.fingerprint)
-        return choose_span(self.model.num_blocks, num_wanted, records)
+        """Without --blocks: the part that this server had before a restart, or that the swarm holds worst."""
+        directory, whole = Directory(self.node), self.model.num_blocks
+        own = await directory.own(self.model.fingerprint)
+        records = await directory.servers(self.model.fingerprint)
+        others = [record for record in records if record.peer_id != self.node.peer_id]
+        return resume_span(whole, num_wanted, others, own) or choose_span(whole, num_wanted, others)
 
     @property
     def _present_load(self) -> Load:

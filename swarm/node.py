@@ -85,6 +85,8 @@ class Node:
         """For `start` only."""
         self.config = config
         self.complaints = Complaints()
+        #: Unix time in seconds at which the newest record of this node expires, see `dht`
+        self.last_expiration = 0.0
         self._folder = tempfile.TemporaryDirectory(prefix="petswarm-", dir=socket_root(), ignore_cleanup_errors=True)
         self._identity: Identity | None = None
         self._daemon: P2PDaemon | None = None

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from swarm import AutoSwarmModelForCausalLM
 from swarm.scripts.local_swarm import LocalSwarm, ServerSpec
 
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
-FLAGS = ("--cache-tokens", "2048", "--threads", "1", "--announce-period", "1")
+FLAGS = ("--dtype", "float32", "--cache-tokens", "2048", "--threads", "1", "--announce-period", "1")
 
 
 def plain(folder: Path, new_tokens: int) -> list[int]:
