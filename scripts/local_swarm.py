@@ -33,7 +33,7 @@ class ServerFailed(SwarmError):
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One `run-server` process: its blocks "A:B" and further flags.
+    """One `run-server` process: its blocks "A:B", or "" to let it choose, and further flags.
 
     link: what stands between it and everybody else; None: the swarm's.
     program: see `RUN_SERVER`; None: the swarm's.
@@ -73,7 +73,8 @@ class ServerProcess:
         listen: tuple[str, ...] = ("--host-maddrs", LOOPBACK) if spec.listens else ("--no-listen",)
         if link is not None:
             listen = (*link.flags, "--relay", "never")  # calls back would be one more burden for the link
-        command = [sys.executable, "-m", *(spec.program or RUN_SERVER), model, *peers, "--blocks", spec.blocks]
+        command = [sys.executable, "-m", *(spec.program or RUN_SERVER), model, *peers]
+        command += ["--blocks", spec.blocks] if spec.blocks else []
         command += [*listen, "--stop-with-stdin", *spec.flags]
         self.process = subprocess.Popen(
             command,

@@ -100,6 +100,7 @@ class Server:
                 listen=config.listen,
                 relay=config.relay,
                 serve_relay=config.serve_relay,
+                rejoin_period=min(NodeConfig.rejoin_period, config.announce_period),
             )
         )
 
