@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from .addresses import ip_of, relay_of, without_peer_id
 from .data_structures import RelayMode
 from .dial_back import MAX_ADDRESSES, DialBackAnswer, ReachabilityProtocol
+from .errors import NetworkError
 from .reservations import Candidate, Reservations
 from .ways import WayfindingP2P
 
@@ -85,7 +86,11 @@ class Reachability:
         while True:
             period = _ASK_AGAIN if self._verdict is not None else _ASK_SOON
             await asyncio.sleep(period * random.uniform(0.8, 1.2))
-            verdict = await self._ask_peers()
+            try:
+                verdict = await self._ask_peers()
+            except NetworkError as error:
+                logger.info("could not ask peers to call back: %s", error)
+                continue
             if verdict is None:
                 continue
             self._verdict = verdict

@@ -32,7 +32,7 @@ from .circuit import (
     send_hop,
     send_stop,
 )
-from .errors import ProtocolError, SwarmError
+from .errors import ProtocolError
 from .ways import WayfindingP2P
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class RelayService:
         try:
             async with asyncio.timeout(_PATIENCE):
                 far_reader, far_writer = await self._stop_stream(source, target)
-        except (SwarmError, P2PDaemonError, EOFError, OSError) as error:
+        except (ProtocolError, P2PDaemonError, EOFError, OSError, RuntimeError) as error:
             logger.info("could not connect a peer to %s: %r", PeerID(target), error)
             await _refuse(writer, Status.CONNECTION_FAILED)
             return

@@ -96,7 +96,11 @@ class Reservations:
     async def _keep(self) -> None:
         while True:
             self._wake.clear()
-            for candidate in self._candidates():
+            candidates = self._candidates()
+            known = {candidate.peer_id for candidate in candidates}
+            self._pauses = {peer_id: pause for peer_id, pause in self._pauses.items() if peer_id in known}
+            self._reasons = {peer_id: reason for peer_id, reason in self._reasons.items() if peer_id in known}
+            for candidate in candidates:
                 if len(self._held) >= NUM_RELAYS:
                     break
                 until, _ = self._pauses.get(candidate.peer_id, (0.0, 0.0))
@@ -111,13 +115,22 @@ class Reservations:
         try:
             async with asyncio.timeout(_PATIENCE):
                 address, reader, writer = await self._reserve(candidate)
-        except (P2PDaemonError, ProtocolError, BadAddress, EOFError, OSError) as error:  # time-outs included
-            self._reasons[peer_id] = "it does not answer" if isinstance(error, OSError | EOFError) else str(error)
+        except (ProtocolError, BadAddress) as error:
+            self._leave_alone(peer_id, str(error))
+        except (P2PDaemonError, EOFError, OSError, RuntimeError) as error:  # time-outs and closed streams included
             logger.info("peer %s is no relay for us: %r", peer_id, error)
-            _, pause = self._pauses.get(peer_id, (0.0, _FIRST_PAUSE / 2))
-            pause = min(2 * pause, _LAST_PAUSE)
-            self._pauses[peer_id] = time.monotonic() + pause, pause
-            return
+            self._leave_alone(peer_id, "it does not answer")
+        else:
+            self._take(peer_id, address, reader, writer)
+
+    def _leave_alone(self, peer_id: str, reason: str) -> None:
+        """For a while, which doubles each time."""
+        self._reasons[peer_id] = reason
+        _, pause = self._pauses.get(peer_id, (0.0, _FIRST_PAUSE / 2))
+        pause = min(2 * pause, _LAST_PAUSE)
+        self._pauses[peer_id] = time.monotonic() + pause, pause
+
+    def _take(self, peer_id: str, address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._pauses.pop(peer_id, None)
         self._relays[peer_id] = address
         self._held[peer_id] = asyncio.create_task(self._hold(peer_id, reader, writer))
@@ -149,12 +162,13 @@ class Reservations:
             while not await _something_came(reader, _RENEWAL):
                 async with asyncio.timeout(_PATIENCE):
                     await _ask(reader, writer)
-        except (ProtocolError, EOFError, OSError) as error:  # time-outs included
+        except (ProtocolError, EOFError, OSError, RuntimeError) as error:  # time-outs and closed streams included
             logger.info("the relay %s is gone: %r", peer_id, error)
         finally:
             writer.close()
-            del self._held[peer_id]
-            self._forget(peer_id)
+            if self._held.get(peer_id) is asyncio.current_task():
+                del self._held[peer_id]
+                self._forget(peer_id)
 
     def _forget(self, peer_id: str) -> None:
         address = self._relays.pop(peer_id, None)

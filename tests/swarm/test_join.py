@@ -44,7 +44,7 @@ def closed_port() -> int:
 
 
 async def test_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadAddress, match="bad port after /tcp: 'x' .*for example /ip4"):
+    with pytest.raises(BadAddress, match=r"bad port after /tcp: 'x' .*for example /ip4"):
         await Node.start(NodeConfig(initial_peers=(f"/ip4/127.0.0.1/tcp/x/p2p/{OTHER_PEER}",), listen=False))
 
 

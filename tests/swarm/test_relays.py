@@ -142,7 +142,7 @@ async def test_the_only_relay_dies_and_comes_back(
 
 async def test_without_a_relay_the_error_says_so(world: World) -> None:
     bootstrap = await world.node(serve_relay=False)
-    with pytest.raises(JoinFailed, match="at the step relay: others cannot reach this peer.*it does not relay.*run"):
+    with pytest.raises(JoinFailed, match=r"at the step relay: others cannot reach this peer.*it does not relay.*run"):
         await world.hidden(await bootstrap.ready_address(), relay_timeout=1.0)
 
 
