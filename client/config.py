@@ -77,10 +77,11 @@ class ClientConfig(BaseModel):
     max_ban_time: Seconds = 300.0
     """Where the doubling of `ban_time` ends."""
 
-    retry_time: Seconds = 60.0
-    """Give up a step that could not be recovered within this many seconds."""
+    retry_time: Seconds = 180.0
+    """Give up a step that could not be recovered within this many seconds. When all holders of a block die, a swarm
+    with spare servers takes one to two minutes to notice, and to load the block elsewhere."""
 
-    max_retries: Annotated[int, Field(ge=0, le=1000)] = 10
+    max_retries: Annotated[int, Field(ge=0, le=1000)] = 50
     """Give up a step after this many failures."""
 
     retry_delay: Seconds = 0.5

@@ -150,6 +150,7 @@ class Failover:
         gap = Gap.at(hops, index, lengths)
         # A server that evicted us has room for us again, whatever it announced before.
         trust_announcements = not isinstance(error, SessionLost)
+        waiting = False
         while True:
             try:
                 found = await self._open(
@@ -165,6 +166,9 @@ class Failover:
                     retries.uncounted(problem)  # nobody else can, so let one of them open the session anew
                     trust_announcements = False
                 else:
+                    if isinstance(problem, MissingBlocks) and not waiting:
+                        waiting = True
+                        logger.warning("%s; waiting for the swarm to fill the hole (retry_time)", problem)
                     await self._before_retry(retries, problem)
         self._suspects.forget()
         self._note(hops, index, found, gap, str(error), started, detected=started - failure.since)

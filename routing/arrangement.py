@@ -49,6 +49,7 @@ class Arrangement:
         self.draining = np.array([state is ServerState.DRAINING for state in states], dtype=bool)
         self.num_moving = len(records) - int(self.online.sum())
         self.movable = self.online & (self.length < num_blocks)
+        self.movable &= np.array([not record.info.fixed for record in records], dtype=bool)
         self.movable &= np.array([peer_id not in staying for peer_id in self.peer_ids], dtype=bool)
         blocks, ends = np.arange(num_blocks), self.start + self.length
         self.holds: Booleans = (self.start[:, None] <= blocks) & (blocks < ends[:, None])

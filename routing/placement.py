@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from swarm.data_structures import BlockSpan, ServerState
@@ -66,3 +66,32 @@ def choose_span(num_blocks: int, num_wanted: int, records: Iterable[ServerRecord
     throughputs = block_throughputs(num_blocks, records)
     start = min(range(num_blocks - length + 1), key=lambda start: sorted(throughputs[start : start + length]))
     return BlockSpan(start=start, end=start + length)
+
+
+def keep_or_choose(num_blocks: int, chosen: BlockSpan, records: Iterable[ServerRecord]) -> BlockSpan:
+    """`chosen` while no span of its length is weaker, else what `choose_span` says.
+
+    For a server that chose while others were choosing too: records that it should make room for. See `makes_room`.
+    """
+    known = list(records)
+    best = choose_span(num_blocks, len(chosen), known)
+    throughputs = block_throughputs(num_blocks, known)
+    weakest = sorted(throughputs[best.start : best.end])
+    return chosen if sorted(throughputs[chosen.start : chosen.end]) == weakest else best
+
+
+def makes_room(peer_id: str, record: ServerRecord, seen_before: Collection[str]) -> bool:
+    """Whether a joining server, whose peer id this is, should make room for another.
+
+    For all that serve, and for those whose announcement it had read before it chose. Of two that chose at the same
+    moment, so that neither had read of the other, the one with the larger peer id makes room.
+    """
+    joins = record.info.state is ServerState.JOINING
+    return record.peer_id != peer_id and (not joins or record.peer_id in seen_before or record.peer_id < peer_id)
+
+
+def uncovered_blocks(num_blocks: int, records: Iterable[ServerRecord]) -> list[int]:
+    """Blocks that nobody serves or is about to."""
+    present = [one.info.span for one in records if one.info.state in (ServerState.ONLINE, ServerState.JOINING)]
+    held = {block for span in present for block in span.blocks()}
+    return [block for block in range(num_blocks) if block not in held]

@@ -96,8 +96,8 @@ def should_move(
 class Rebalancer:
     """`should_move`, again and again, for one server, which does not wait for others for ever.
 
-    Some do not move when the plan says that they should: their owner chose their blocks, or they hang, or lie. Since
-    records do not tell that, whoever was named in `_WAITS` decisions in a row is taken to stay for the next `_IGNORED`.
+    Some do not move when the plan says that they should: they hang, or lie. Whoever was named in `_WAITS` decisions in
+    a row is taken to stay for the next `_IGNORED`.
     """
 
     def __init__(self, num_blocks: int, peer_id: str, policy: RebalancingPolicy = DEFAULT_POLICY):

@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
+from swarm.data_structures import BlockSpan
 from swarm.server import server as server_module
-from swarm.server.adapters.cost_model import AdapterCosts
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine
 from swarm.server.handler import Handler
+from swarm.server.hosting import Loaded
 from swarm.server.kv_cache import KVCache
 from swarm.server.server import Server
 from swarm.server.span import Span
@@ -137,16 +138,15 @@ class BenchServer(Server):
         self._drop_rate = drop_rate
         self._seed = seed
 
-    def _load(self, *arguments: Any) -> tuple[Span, Speed, AdapterCosts | None]:
-        span, speed, costs = super()._load(*arguments)
-        return SlowSpan(span, self._slowness), self._slowness.applied_to(speed, len(span.blocks)), costs
+    def _load(self, span: BlockSpan) -> Loaded:
+        loaded = super()._load(span)
+        speed = self._slowness.applied_to(loaded.speed, len(span))
+        return loaded._replace(span=SlowSpan(loaded.span, self._slowness), speed=speed)
 
-    async def start(self) -> str:
-        address = await super().start()
-        assert self._engine is not None and self._handler is not None
-        drops = Drops(self._engine, self._handler, self._drop_rate, self._seed)
-        self._engine.submit = drops.submit  # type: ignore[method-assign]
-        return address
+    async def _host(self, span: BlockSpan) -> None:
+        await super()._host(span)
+        engine = self._handler.engine
+        engine.submit = Drops(engine, self._handler, self._drop_rate, self._seed).submit  # type: ignore[method-assign]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -46,6 +46,9 @@ class ServerSpec:
     program: tuple[str, ...] | None = None
     listens: bool = True
 
+    def __str__(self) -> str:
+        return f"the server of blocks {self.blocks}" if self.blocks else "the server that chooses its blocks"
+
 
 class ServerProcess:
     """One `run-server` process on loopback. `address` (of its link, if it has one) and `peer_id` are known once it is
@@ -100,11 +103,9 @@ class ServerProcess:
         deadline = time.monotonic() + timeout
         while not self._ready.wait(0.05):
             if self.process.poll() is not None:
-                raise ServerFailed(f"the server of blocks {self.spec.blocks} ended: {self.last_words()}")
+                raise ServerFailed(f"{self.spec} ended: {self.last_words()}")
             if time.monotonic() > deadline:
-                raise ServerFailed(
-                    f"the server of blocks {self.spec.blocks} was not ready after {timeout:g} s: {self.last_words()}"
-                )
+                raise ServerFailed(f"{self.spec} was not ready after {timeout:g} s: {self.last_words()}")
         return self.address
 
     def kill(self) -> None:

@@ -142,6 +142,17 @@ def run_server(
         int | None, typer.Option(min=1, help="CPU threads of the forward pass.", show_default=False)
     ] = None,
     announce_period: Annotated[float, typer.Option(min=0.5, help="Seconds between announcements.")] = 20.0,
+    rebalance_period: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds between two looks whether the swarm needs this server at other blocks; 0: never move. "
+            "--blocks never moves.",
+        ),
+    ] = 120.0,
+    move_delay: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between the announcement of a move and the move.")
+    ] = 10.0,
     session_idle_limit: Annotated[float, typer.Option(min=1, help="Seconds until an idle session is closed.")] = 600.0,
     max_sessions_per_peer: Annotated[
         int, typer.Option(min=1, help="Sessions that one peer may have open at once; it is refused more.")
@@ -201,6 +212,8 @@ def run_server(
             public_name=public_name,
             threads=threads,
             announce_period=announce_period,
+            rebalance_period=rebalance_period,
+            move_delay=move_delay,
             session_idle_limit=session_idle_limit,
             max_sessions_per_peer=max_sessions_per_peer,
             drain_time=drain_time,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.routing.placement import choose_span
+from swarm.routing.placement import choose_span, uncovered_blocks
 from swarm.routing.rebalancing import Rebalancer, RebalancingPolicy, may_leave, plan_moves
 
 from .sim_world import DrawnPeer
@@ -99,6 +99,7 @@ class SimulatedSwarm:
         self._plans: dict[frozenset[str], dict[str, BlockSpan]] = {}
         self._holders: NDArray[np.int64] = np.zeros(num_blocks, dtype=np.int64)
         self._throughputs: NDArray[np.float64] = np.zeros(num_blocks)
+        self.at(READ_PERIOD, self._look)
 
     def at(self, time: float, act: Callable[[], None]) -> None:
         """Call `act` when it is `time`. What is due at the same moment comes in the order of these calls."""
@@ -171,11 +172,20 @@ class SimulatedSwarm:
             self._announce(life, ServerState.ONLINE, life.span)
             self._serve(life, True)
 
+    def _look(self) -> None:
+        """While blocks have no server, nobody waits for his next check."""
+        self.at(self.now + READ_PERIOD, self._look)
+        if uncovered_blocks(self.num_blocks, self.records()):
+            for life in list(self.lives.values()):
+                self._decide(life)
+
     def _check(self, life: Life) -> None:
         """The server decides whether to move, and when to decide again."""
-        if life.gone:
-            return
-        self.at(self.now + self._policy.next_check(self._rng), lambda: self._check(life))
+        if not life.gone:
+            self.at(self.now + self._policy.next_check(self._rng), lambda: self._check(life))
+            self._decide(life)
+
+    def _decide(self, life: Life) -> None:
         if life.state is not ServerState.ONLINE:
             return
         target = life.rebalancer.follow(self._plan(life.rebalancer.staying))

@@ -43,17 +43,21 @@ class Announcer:
         model: ModelInfo,
         info: Callable[[], ServerInfo],
         period: float,
+        on_look: Callable[[list[ServerRecord]], None] = lambda records: None,
     ):
+        """on_look: told of all servers of the model, once per period while this one is online."""
         self._node = node
         self._directory = Directory(node)
         self._model = model
         self._info = info
         self._period = period
+        self._on_look = on_look
         self._pings = PingTable(unreachable_time=0.0)  # to servers that hold the next block
         #: to others of the swarm (the median of a few)
         self.network_rate = LineRate()
         self._upload_after = 0.0
         self._touched = asyncio.Event()
+        self._announced = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._announcing = Outage(logger, "announce this server")
         self._reading = Outage(logger, "read the list of servers")
@@ -75,7 +79,10 @@ class Announcer:
 
     async def announce(self) -> None:
         self._touched.clear()
-        await self._directory.announce(self._model, self._info(), self._period * PERIODS_TO_LIVE)
+        try:
+            await self._directory.announce(self._model, self._info(), self._period * PERIODS_TO_LIVE)
+        finally:
+            self._announced.set()
 
     async def stop(self) -> None:
         """End the heartbeat and withdraw. `info()` must say OFFLINE by now."""
@@ -109,6 +116,9 @@ class Announcer:
     async def _survey(self) -> None:
         """Measure the ways to other servers. Apart from the heartbeat, which must not wait for peers that hang."""
         while True:
+            while self._info().state is not ServerState.ONLINE:
+                await self._announced.wait()
+                self._announced.clear()
             await self._look_around()
             self.touch()
             await asyncio.sleep(self._period)
@@ -120,6 +130,7 @@ class Announcer:
             self._reading.failed(error)
             return
         self._reading.worked()
+        self._on_look(records)
         others = [
             record
             for record in records

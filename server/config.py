@@ -17,6 +17,7 @@ from pydantic import (
 
 from swarm.data_structures import BlockSpan, RelayMode
 from swarm.passes import MAX_PASS_TOKENS
+from swarm.routing.rebalancing import RebalancingPolicy
 
 from .eviction import EvictionLimits
 from .quotas import QuotaLimits
@@ -161,6 +162,13 @@ class ServerConfig(BaseModel):
     announce_period: Seconds = 20.0
     """Renew the announcement once in this many seconds; it expires after three periods."""
 
+    rebalance_period: Annotated[float, Field(ge=0, le=86_400)] = RebalancingPolicy.check_period
+    """Ask once in about this many seconds whether the swarm would gain if this server took other blocks, and then do
+    that. 0: never. Servers with `blocks` of their owner's choice never move."""
+
+    move_delay: Seconds = 10.0
+    """Seconds between the announcement of a move and the move, for others to read it."""
+
     session_idle_limit: Seconds = 600.0
     """A session without a step for this long is closed."""
 
@@ -192,6 +200,10 @@ class ServerConfig(BaseModel):
 
     pass_timeout: Seconds = 600.0
     """Longest that a pass for training may wait for the device and run."""
+
+    @property
+    def takes_adapters(self) -> bool:
+        return bool(self.adapters) or self.adapters_from_hub
 
     @property
     def quota_limits(self) -> QuotaLimits:

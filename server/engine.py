@@ -102,12 +102,20 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """End the thread after its present batch; work that still waits fails."""
+        """End the thread after its present batch, and wait for that; work that still waits fails."""
+        self.ask_to_stop()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    def ask_to_stop(self) -> None:
+        """The same without waiting, see `is_running`."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
 
     def submit(self, task: StepTask) -> Future[StepOutput]:
         """Queue a step. The future fails with a SwarmError; cancelling it drops what has not run yet."""

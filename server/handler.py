@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 from hivemind.p2p import P2P, P2PContext
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
@@ -51,6 +52,16 @@ PUSH_PATIENCE = 60.0
 LINGER = 1.0
 #: Streams of one peer that get this time at once. They count in no quota any more, so further ones are closed at once.
 MAX_LINGERING = 32
+#: Seconds for a stream that was told to end, which takes none.
+_END_OF_STREAM = 2.0
+
+
+class Hosted(Protocol):
+    """What a server has as long as it holds the same blocks."""
+
+    engine: Engine
+    sessions: SessionTable
+    adapters: AdapterRegistry
 
 
 class Handler:
@@ -58,8 +69,6 @@ class Handler:
 
     def __init__(
         self,
-        engine: Engine,
-        sessions: SessionTable,
         *,
         fingerprint: str,
         info: Callable[[], ServerInfo],
@@ -68,11 +77,9 @@ class Handler:
         step_timeout: float,
         pass_timeout: float,
         max_pass_tokens: int,
-        adapters: AdapterRegistry,
     ):
-        self.engine = engine
-        self.adapters = adapters
-        self.sessions = sessions
+        """It serves nobody before `open`."""
+        self._hosted: Hosted | None = None
         self._fingerprint = fingerprint
         self._info = info
         self.idle_limit = idle_limit
@@ -87,6 +94,33 @@ class Handler:
         self._passes: set[asyncio.Task[object]] = set()
         self._lingering: Counter[str] = Counter()  # streams that were refused, by peer
         self.draining = False
+
+    def open(self, hosted: Hosted) -> None:
+        """Serve these blocks from now on."""
+        self._hosted = hosted
+        self.draining = False
+
+    def close(self) -> None:
+        """Forget them, after `drain`."""
+        self._hosted = None
+
+    @property
+    def engine(self) -> Engine:
+        return self._present.engine
+
+    @property
+    def sessions(self) -> SessionTable:
+        return self._present.sessions
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        return self._present.adapters
+
+    @property
+    def _present(self) -> Hosted:
+        if self._hosted is None:
+            raise PeerRefused("this server holds no blocks at the moment: it is paused, or loads others")
+        return self._hosted
 
     async def register(self, p2p: P2P) -> None:
         await BlockProtocol().add_p2p_handlers(p2p, wrapper=self)
@@ -109,15 +143,18 @@ class Handler:
 
     async def drain(self, timeout: float) -> None:
         """Take no more sessions and passes, tell the running sessions to move, and wait until they did and the running
-        passes are done, `timeout` seconds at most."""
+        passes are done, `timeout` seconds at most. Then nothing uses the blocks any more."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):  # telling too: a peer that reads nothing must not keep us here
                 await asyncio.gather(*(stream.tell_moving() for stream in self._streams))
                 while remaining := self._serving():
                     await asyncio.wait(remaining)
-        for task in self._serving():
+        cancelled = self._serving()
+        for task in cancelled:
             task.cancel()
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=_END_OF_STREAM)
 
     def _serving(self) -> set[asyncio.Task[object]]:
         """The tasks that serve sessions and passes at this moment."""

@@ -1,10 +1,13 @@
-"""How the C library's allocator treats the large, short-lived tensors of a load."""
+"""How the C library's allocator treats the large tensors of a load, while it runs and when they are given up."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -35,3 +38,13 @@ def freed_at_once() -> Iterator[None]:
         libc.malloc_trim(0)
         libc.mallopt(_M_MMAP_THRESHOLD, _AFTERWARDS)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _AFTERWARDS)  # as glibc itself sets it
+
+
+def give_back(device: torch.device) -> None:
+    """Return the memory of tensors that nobody holds any more to the system, and that of a GPU to other programs."""
+    gc.collect()  # models are full of circles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,8 +1,9 @@
-"""The life of one server: join, choose a span, load it, serve, drain, leave."""
+"""The life of one server: join, choose a span, load it, serve, move to other blocks where that helps, drain, leave."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -12,34 +13,34 @@ import swarm
 from swarm.architectures import architecture_of, check_span, num_blocks
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import MAX_RELAYS, BlockSpan, ModelInfo, ServerInfo, ServerState
-from swarm.dht import Directory
-from swarm.errors import EngineError, NetworkError, UsageError
+from swarm.dht import Directory, ServerRecord
+from swarm.errors import EngineError, NetworkError, SwarmError, UsageError
 from swarm.node import Node, NodeConfig
-from swarm.routing.placement import choose_span, resume_span
+from swarm.routing.placement import choose_span, keep_or_choose, makes_room, resume_span
+from swarm.routing.rebalancing import RebalancingPolicy
 
-from .adapters.cost_model import AdapterCosts
-from .adapters.costs import known_or_measured_costs
-from .adapters.fetching import fetch_adapter
-from .adapters.registry import AdapterRegistry
-from .adapters.sources import Source, keep_looking, register_all
+from .adapters.sources import Source
 from .announcer import Announcer
-from .config import Quantization, ServerConfig
-from .engine import Engine, Load
-from .eviction import EvictionLimits
+from .background import in_daemon_thread
+from .config import ServerConfig
+from .engine import Load
 from .handler import Handler
-from .kv_cache import KVCache
-from .load_average import LoadAverage
+from .heap import give_back
+from .hosting import Hosting, Loaded, Setup, load_blocks
 from .memory import usable_memory
+from .mover import Mover
 from .numerics import numerics_tag
 from .precision import choose_dtype, choose_quantization, has_native_bfloat16
 from .quotas import PeerQuotas
-from .sessions import SessionTable
-from .sizing import Plan, block_size, plan
-from .span import Span
-from .speed_store import Speed, SpeedKey
-from .throughput import known_or_measured_speed
+from .sizing import BlockSize, Plan, block_size, plan
+from .speed_store import Speed
 
 logger = logging.getLogger(__name__)
+
+#: A server that chooses its blocks waits so many seconds for others who choose at the same moment, and chooses anew
+#: so many times at most.
+_CHOOSING_TIME = 1.0
+_MAX_CHOICES = 10
 
 
 class Server:
@@ -49,19 +50,21 @@ class Server:
         """report: told in a few words what the server is doing while it starts."""
         self.config = config
         self._report = report
-        self._state = ServerState.JOINING
-        self._speed: Speed | None = None
+        self.state = ServerState.JOINING
         self._stop = asyncio.Event()
         self._engine_died = asyncio.Event()
         self.node: Node
+        self.model: ModelInfo
         self.span: BlockSpan
-        self._engine: Engine | None = None
+        self._setup: Setup
+        self._handler: Handler
         self._announcer: Announcer | None = None
-        self._handler: Handler | None = None
-        self._load_average = LoadAverage(lambda: self._present_load)
-        self._looking: list[asyncio.Task[None]] = []
-        self._sources: list[Source] = []
-        self._adapters: AdapterRegistry | None = None
+        self._hosting: Hosting | None = None
+        self._mover: Mover | None = None
+        self._moving: asyncio.Task[None] | None = None
+        self._pausing = asyncio.Lock()
+        self._moving_failed = asyncio.Event()
+        self._known_speed: Speed | None = None  # of the blocks that are loaded now
 
     async def start(self) -> str:
         """Join, load, announce. Returns the address under which others reach this server.
@@ -70,12 +73,12 @@ class Server:
         """
         config = self.config
         device = _device(config.device)
-        self._sources = [Source.parse(text) for text in config.adapters]
+        sources = [Source.parse(text) for text in config.adapters]
         # Joining mostly waits, opening the checkpoint mostly imports transformers: side by side.
         joining = asyncio.create_task(self._join())
         self._report(f"opening {config.model}")
         try:
-            checkpoint, fingerprint = await asyncio.to_thread(_open, config)
+            checkpoint, fingerprint = await in_daemon_thread(lambda: _open(config))
             self.node = await joining
         except BaseException:
             joining.cancel()
@@ -84,7 +87,8 @@ class Server:
                     await result.stop()
             raise
         try:
-            return await self._start_on(checkpoint, fingerprint, device)
+            self._setup = await in_daemon_thread(lambda: _set_up(config, checkpoint, fingerprint, device, sources))
+            return await self._start_serving()
         except BaseException:
             await self._leave()
             raise
@@ -104,146 +108,189 @@ class Server:
             )
         )
 
-    async def _start_on(self, checkpoint: Checkpoint, fingerprint: str, device: torch.device) -> str:
-        config = self.config
-        dtype = choose_dtype(config.dtype, checkpoint.dtype, has_native_bfloat16(device))
-        quantization = choose_quantization(config.quantization, device)
-        self.model = ModelInfo(
-            name=checkpoint.name[:128], fingerprint=fingerprint, num_blocks=num_blocks(checkpoint.config)
-        )
-        self._numerics = numerics_tag(dtype, quantization, device)
-        if config.blocks is not None:
-            check_span(config.blocks, self.model.num_blocks, checkpoint.name)
-        sizes = await asyncio.to_thread(self._plan, checkpoint, dtype, quantization, device)
-        self.span = config.blocks or await self._choose_span(sizes.num_blocks)
-        self._cache = KVCache(
-            len(self.span), sizes.cache_tokens, config.page_size, device, dtype, overcommit=config.cache_overcommit
-        )
-        self._announcer = Announcer(self.node, self.model, self._info, config.announce_period)
-        await self._announcer.announce()
-
-        self._report(f"loading blocks {self.span} of {checkpoint.name}")
-        span, self._speed, costs = await asyncio.to_thread(self._load, checkpoint, dtype, quantization, device)
-        loop = asyncio.get_running_loop()
-        self._engine = Engine(
-            span,
-            self._cache,
-            config.max_batch_tokens,
-            config.threads,
-            on_death=lambda: loop.call_soon_threadsafe(self._engine_died.set),
-            limits=EvictionLimits(
-                config.idle_protection, config.turn_time, config.replay_share, config.page_wait_limit
-            ),
-            max_stall=config.max_stall,
-            adapter_costs=costs,
-        )
-        self._adapters = self._make_registry(span, checkpoint)
-        self._engine.start()
-        if self._sources:
-            self._report(f"loading adapters from {', '.join(config.adapters)}")
-        await register_all(self._adapters, self._sources)
-        sessions = SessionTable(self._cache, on_change=self._announcer.touch)
+    async def _start_serving(self) -> str:
+        config, self.model = self.config, self._setup.model
+        self._directory = Directory(self.node)
+        self._announcer = Announcer(self.node, self.model, self._info, config.announce_period, self._look)
         self._handler = Handler(
-            self._engine,
-            sessions,
-            fingerprint=fingerprint,
+            fingerprint=self.model.fingerprint,
             info=self._info,
             quotas=PeerQuotas(config.quota_limits),
             idle_limit=config.session_idle_limit,
             step_timeout=config.step_timeout,
             pass_timeout=config.pass_timeout,
             max_pass_tokens=config.max_pass_tokens,
-            adapters=self._adapters,
         )
+        self.span = config.blocks or await self._choose_span()
+        await self._announcer.start()  # before loading, which may take longer than an announcement lives
         await self._handler.register(self.node.p2p)
-        self._looking = [
-            asyncio.create_task(self._load_average.keep_looking()),
-            asyncio.create_task(keep_looking(self._adapters, self._sources, config.adapter_scan_period)),
-        ]
         self.node.on_new_relays = self._announcer.touch
-        self._state = ServerState.ONLINE
-        await self._announcer.start()
+        await self._host(self.span)
+        self._start_moving()
         return await self.node.ready_address()
 
-    def _make_registry(self, span: Span, checkpoint: Checkpoint) -> AdapterRegistry:
-        config = self.config
-        assert self._engine is not None and self._announcer is not None
-        return AdapterRegistry(
-            span.base_blocks(checkpoint.config, self.model.fingerprint, most_bytes=config.adapter_memory),
-            span.adapters,
-            self._cache,
-            self._engine,
-            max_bytes=config.adapter_memory,
-            max_adapter_bytes=config.max_adapter_size,
-            fetch=fetch_adapter if config.adapters_from_hub else None,
+    # --- which blocks ---
+
+    async def records(self) -> list[ServerRecord]:
+        """Of all servers of the model, read now. Raises NetworkError."""
+        return await self._directory.servers(self.model.fingerprint)
+
+    async def announce(self, state: ServerState) -> None:
+        """Be in this state, and let others know. Raises NetworkError."""
+        self.state = state
+        if self._announcer is not None:
+            await self._announcer.announce()
+
+    async def _announce_quietly(self, state: ServerState) -> None:
+        """The same; if the swarm does not answer, the heartbeat will tell it."""
+        with contextlib.suppress(NetworkError):
+            await self.announce(state)
+
+    async def _choose_span(self) -> BlockSpan:
+        """The part of the model that this server had before a restart, or that the swarm holds worst, announced.
+
+        Others may choose at the same moment, as when a whole swarm starts: all of them look again whether somebody else
+        took the same, and some choose anew.
+        """
+        me, whole, num_wanted = self.node.peer_id, self.model.num_blocks, self._setup.sizes.num_blocks
+        others = [record for record in await self.records() if record.peer_id != me]
+        seen = {record.peer_id for record in others}
+        former = resume_span(whole, num_wanted, others, await self._directory.own(self.model.fingerprint))
+        if former is not None:
+            self.span = former
+            await self.announce(ServerState.JOINING)
+            return former
+        self.span = choose_span(whole, num_wanted, others)
+        for _ in range(_MAX_CHOICES):
+            await self.announce(ServerState.JOINING)
+            if num_wanted == whole or not self.config.initial_peers:
+                break
+            await asyncio.sleep(_CHOOSING_TIME)
+            before_us = [record for record in await self.records() if makes_room(me, record, seen)]
+            span = keep_or_choose(whole, self.span, before_us)
+            if span == self.span:
+                break
+            self.span = span
+        return self.span
+
+    async def _host(self, span: BlockSpan) -> None:
+        """Load these blocks, and serve them from now on. Then none are served if it raises.
+
+        Raises ModelNotFound, NotSupported, UsageError or AdapterError.
+        """
+        self.span = span
+        self._known_speed = self._setup.known_speed(span)
+        await self._announce_quietly(ServerState.JOINING)
+        assert self._announcer is not None
+        loaded = await in_daemon_thread(lambda: self._load(span))
+        self._hosting = await Hosting.start(
+            self._setup,
+            loaded,
+            report=self._report,
             on_change=self._announcer.touch,
+            on_death=self._engine_died.set,
         )
+        self._handler.open(self._hosting)
+        await self._announce_quietly(ServerState.ONLINE)
 
-    def _load(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
-    ) -> tuple[Span, Speed, AdapterCosts | None]:
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
-        from .loader import load_span
+    def _load(self, span: BlockSpan) -> Loaded:
+        return load_blocks(self._setup, span, self._report)
 
-        span = load_span(checkpoint, self.span, dtype=dtype, quantization=quantization, device=device)
-        key = SpeedKey.here(self.model.fingerprint, self._numerics, len(self.span), device)
-        speed = known_or_measured_speed(span, self._cache, key)
-        if not self._takes_adapters:
-            return span, speed, None
-        self._report("looking what adapters cost")
-        return span, speed, known_or_measured_costs(span, self.config.max_batch_tokens, key)
+    async def _let_go(self) -> None:
+        """Drain, and give the memory of the blocks back."""
+        await self._announce_quietly(ServerState.DRAINING)
+        await self._handler.drain(self.config.drain_time)
+        self._handler.close()
+        hosting, self._hosting = self._hosting, None
+        if hosting is not None:
+            await hosting.close()
+            del hosting
+            await asyncio.to_thread(give_back, self._setup.device)
+
+    # --- moving and pausing ---
+
+    def _look(self, records: list[ServerRecord]) -> None:
+        if self._mover is not None:
+            self._mover.look(records)
+
+    def _start_moving(self) -> None:
+        config = self.config
+        if self._is_fixed:
+            return
+        policy = RebalancingPolicy(check_period=config.rebalance_period)
+        self._mover = Mover(self, self.model.num_blocks, self.node.peer_id, policy, config.move_delay)
+        self._moving = asyncio.create_task(self._mover.keep_checking())
+        self._moving.add_done_callback(self._moving_ended)
+
+    def _moving_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._moving_failed.set()
 
     @property
-    def _takes_adapters(self) -> bool:
-        return bool(self.config.adapters) or self.config.adapters_from_hub
+    def _is_fixed(self) -> bool:
+        return self.config.blocks is not None or self.config.rebalance_period == 0
 
-    def _plan(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, device: torch.device
-    ) -> Plan:
-        """How many blocks to serve, those asked for or what the memory holds, and the cache. Raises UsageError."""
-        config, whole = self.config, self.model.num_blocks
-        asked = config.num_blocks if config.blocks is None else len(config.blocks)
-        if asked is not None and asked > whole:
-            raise UsageError(f"--num-blocks {asked} is more than the model's {whole} blocks; choose fewer")
-        size = block_size(
-            checkpoint.config,
-            dtype=dtype,
-            quantization=quantization,
-            device=device,
-            max_batch_tokens=config.max_batch_tokens,
-        )
-        kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
-        memory, label = usable_memory(device, config.max_memory), f"{checkpoint.name} in {kind}"
-        if self._takes_adapters:
-            memory = max(0, memory - config.adapter_memory)
-            label += f", beside {config.adapter_memory.human_readable(decimal=True)} for adapters (--adapter-memory),"
-        return plan(
-            memory,
-            size,
-            label,
-            fewest=asked or 1,
-            most=asked or whole,
-            cache_tokens=config.cache_tokens,
-        )
+    async def _stop_moving(self) -> None:
+        self._mover = None
+        if self._moving is not None:
+            self._moving.cancel()
+            await asyncio.gather(self._moving, return_exceptions=True)
+            self._moving = None
 
-    async def _choose_span(self, num_wanted: int) -> BlockSpan:
-        """Without --blocks: the part that this server had before a restart, or that the swarm holds worst."""
-        directory, whole = Directory(self.node), self.model.num_blocks
-        own = await directory.own(self.model.fingerprint)
-        records = await directory.servers(self.model.fingerprint)
-        others = [record for record in records if record.peer_id != self.node.peer_id]
-        return resume_span(whole, num_wanted, others, own) or choose_span(whole, num_wanted, others)
+    async def move(self, span: BlockSpan) -> None:
+        """Drain, and serve these blocks instead. If they cannot be loaded, the old ones again.
 
-    @property
-    def _present_load(self) -> Load:
-        return Load(0, 0) if self._engine is None else self._engine.load
+        Raises what loading raises when these cannot be loaded either.
+        """
+        before = self.span
+        self._report(f"moving from blocks {before} to {span}, where the swarm needs them more")
+        await self._let_go()
+        try:
+            await self._host(span)
+        except (SwarmError, OSError, RuntimeError, MemoryError) as error:
+            logger.error("cannot load blocks %s, so going back to %s: %s", span, before, error)
+            await self._host(before)
+        self._report(f"serving blocks {self.span}")
+
+    async def pause(self) -> None:
+        """Let sessions move elsewhere, leave the swarm's list of servers, and give the memory back, until `resume`."""
+        async with self._pausing:
+            if self.state is ServerState.OFFLINE:
+                return
+            await self._stop_moving()
+            await self._let_go()
+            await self._announce_quietly(ServerState.OFFLINE)
+            self._report("paused")
+
+    async def resume(self) -> None:
+        """Serve again, after `pause`: the blocks that the owner chose, else those that the swarm needs most.
+
+        Raises NetworkError or what loading raises; it is paused then as before.
+        """
+        async with self._pausing:
+            if self.state is not ServerState.OFFLINE:
+                return
+            try:
+                await self._host(self.config.blocks or await self._choose_span())
+            except BaseException:
+                await self._announce_quietly(ServerState.OFFLINE)
+                raise
+            self._start_moving()
+            self._report(f"serving blocks {self.span}")
+
+    def status(self) -> str:
+        """In a word, for the owner: joining, online, draining or paused."""
+        return "paused" if self.state is ServerState.OFFLINE else self.state.value
+
+    # --- what others are told ---
 
     def _info(self) -> ServerInfo:
         """What this server announces, as it is now."""
-        speed, announcer, load, adapters = self._speed, self._announcer, self._present_load, self._adapters
+        hosting, announcer = self._hosting, self._announcer
+        speed = self._known_speed if hosting is None else hosting.speed
+        load = Load(0, 0) if hosting is None else hosting.engine.load
         return ServerInfo(
-            state=self._state,
+            state=self.state,
             span=self.span,
             throughput=0.0 if speed is None else speed.throughput,
             decode_times=() if speed is None else speed.decode_times,
@@ -251,18 +298,21 @@ class Server:
             network_rate=None if announcer is None else announcer.network_rate.value,
             running_rows=load.running_rows,
             waiting_rows=load.waiting_rows,
-            busy_rows=self._load_average.rows,
-            session_rows=sum(len(session.rows) for session in self._cache.sessions()),
-            numerics=self._numerics,
-            cache_tokens_left=self._cache.tokens_left + (0 if adapters is None else adapters.idle_cache_tokens),
+            busy_rows=None if hosting is None else hosting.busy_rows,
+            session_rows=0 if hosting is None else hosting.session_rows,
+            numerics=self._setup.numerics,
+            cache_tokens_left=self._setup.sizes.cache_tokens if hosting is None else hosting.cache_tokens_left,
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,
+            fixed=self._is_fixed,
             relayed=self.node.relayed,
             relays=self.node.relays[:MAX_RELAYS],
-            adapters=() if adapters is None else adapters.infos,
-            fetches_adapters=adapters is not None and adapters.fetches,
+            adapters=() if hosting is None else hosting.adapters.infos,
+            fetches_adapters=hosting is not None and hosting.adapters.fetches,
         )
+
+    # --- the end ---
 
     def stop(self) -> None:
         """Ask the server to drain and leave."""
@@ -271,39 +321,35 @@ class Server:
     async def serve_until_stopped(self) -> None:
         """Serve until `stop`, then drain and leave. Nothing is left running.
 
-        Raises NetworkError if p2pd dies, EngineError if the engine does.
+        Raises NetworkError if p2pd dies, EngineError if the engine does, and what loading raises if this server moved
+        and then could load neither the new blocks nor its old ones.
         """
-        endings = [asyncio.create_task(event.wait()) for event in (self._stop, self.node.died, self._engine_died)]
+        events = (self._stop, self.node.died, self._engine_died, self._moving_failed)
+        endings = [asyncio.create_task(event.wait()) for event in events]
         try:
             await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
             if self.node.died.is_set():
                 raise NetworkError(f"the network daemon died, so this server ends: {self.node.death_message}")
             if self._engine_died.is_set():
                 raise EngineError("the engine died, so this server ends; the log above says of what")
-            await self._drain()
+            if self._moving_failed.is_set() and self._moving is not None:
+                self._moving.result()
+            await self._stop_moving()
+            if self._hosting is not None:
+                self._report("draining: sessions move to other servers")
+                await self._let_go()
         finally:
             for ending in endings:
                 ending.cancel()
             await self._leave()
 
-    async def _drain(self) -> None:
-        if self._handler is None or self._announcer is None:
-            return
-        self._report("draining: sessions move to other servers")
-        self._state = ServerState.DRAINING
-        self._announcer.touch()
-        await self._handler.drain(self.config.drain_time)
-
     async def _leave(self) -> None:
-        self._state = ServerState.OFFLINE
-        for task in self._looking:
-            task.cancel()
-        if self._adapters is not None:
-            self._adapters.close()
+        await self._stop_moving()
+        self.state = ServerState.OFFLINE
         if self._announcer is not None and not self.node.died.is_set():
             await self._announcer.stop()
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop)
+        if self._hosting is not None:
+            await self._hosting.close()
         await self.node.stop()
 
 
@@ -311,6 +357,48 @@ def _open(config: ServerConfig) -> tuple[Checkpoint, str]:
     checkpoint = open_checkpoint(config.model, revision=config.revision)
     architecture_of(checkpoint.config)  # imports the model's code, which takes seconds, while the node joins
     return checkpoint, checkpoint.fingerprint()
+
+
+def _set_up(
+    config: ServerConfig, checkpoint: Checkpoint, fingerprint: str, device: torch.device, sources: list[Source]
+) -> Setup:
+    """Raises UsageError or BadSpan."""
+    dtype = choose_dtype(config.dtype, checkpoint.dtype, has_native_bfloat16(device))
+    quantization = choose_quantization(config.quantization, device)
+    model = ModelInfo(name=checkpoint.name[:128], fingerprint=fingerprint, num_blocks=num_blocks(checkpoint.config))
+    if config.blocks is not None:
+        check_span(config.blocks, model.num_blocks, checkpoint.name)
+    size = block_size(
+        checkpoint.config,
+        dtype=dtype,
+        quantization=quantization,
+        device=device,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    kind = quantization if quantization != "none" else str(dtype).removeprefix("torch.")
+    return Setup(
+        config=config,
+        checkpoint=checkpoint,
+        model=model,
+        dtype=dtype,
+        quantization=quantization,
+        device=device,
+        numerics=numerics_tag(dtype, quantization, device),
+        sizes=_plan(config, model.num_blocks, size, device, f"{checkpoint.name} in {kind}"),
+        sources=sources,
+    )
+
+
+def _plan(config: ServerConfig, whole: int, size: BlockSize, device: torch.device, label: str) -> Plan:
+    """How many blocks to serve, those asked for or what the memory holds, and the cache. Raises UsageError."""
+    asked = config.num_blocks if config.blocks is None else len(config.blocks)
+    if asked is not None and asked > whole:
+        raise UsageError(f"--num-blocks {asked} is more than the model's {whole} blocks; choose fewer")
+    memory = usable_memory(device, config.max_memory)
+    if config.takes_adapters:
+        memory = max(0, memory - config.adapter_memory)
+        label += f", beside {config.adapter_memory.human_readable(decimal=True)} for adapters (--adapter-memory),"
+    return plan(memory, size, label, fewest=asked or 1, most=asked or whole, cache_tokens=config.cache_tokens)
 
 
 def _device(name: str) -> torch.device:

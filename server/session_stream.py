@@ -43,7 +43,7 @@ from swarm.tensors import DTYPES, all_finite, decode, encode
 
 from .pushes import PushLink
 from .quotas import Hold
-from .sessions import Session
+from .sessions import Session, SessionTable
 from .tasks import StepOutput, StepTask
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class SessionStream:
         self._stream = stream
         self._peer_id = peer_id
         self._session: Session | None = None
+        self._sessions: SessionTable  # that it is in
         self._link: PushLink | None = None
         self._newest: StepTask | None = None
         self._work: set[asyncio.Task[None]] = set()
@@ -119,7 +120,7 @@ class SessionStream:
         if self._link is not None:
             self._link.close()
         if self._session is not None:
-            self._handler.sessions.close(self._session)
+            self._sessions.close(self._session)
             self._handler.by_session.pop(self._session.session_id, None)
             self._session = None
         self._held.close()
@@ -211,6 +212,7 @@ class SessionStream:
             adapters = await self._handler.adapters.lease(request.adapters, request.num_rows)
             held.callback(adapters.release)
             self._session = await self._admit(request, adapters)
+            self._sessions = self._handler.sessions
             self._held = held.pop_all()
         self._touch(self._handler.idle_limit)
         self._handler.by_session[request.session_id] = self

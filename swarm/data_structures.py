@@ -140,6 +140,7 @@ class ServerInfo(Frozen):
     session_rows: rows of the sessions that it holds, at work or not.
     cache_tokens_left: how many tokens of new sessions it can still admit.
     next_pings: seconds of round trip to servers that hold the block after this span, by peer id.
+    fixed: its owner chose its blocks, so it never moves to others.
     relayed: it can be reached through relays only, which are slow and may drop a connection.
     relays: the peer ids of those, the first that works is taken; empty while it looks for others.
     adapters: those that it has; of more than MAX_ANNOUNCED_ADAPTERS, those that were used last.
@@ -164,6 +165,7 @@ class ServerInfo(Frozen):
     next_pings: Annotated[
         dict[PeerName, Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]], Field(max_length=MAX_NEXT_PINGS)
     ] = {}
+    fixed: bool = False
     relayed: bool = False
     relays: Annotated[tuple[PeerName, ...], Field(max_length=MAX_RELAYS)] = ()
     adapters: Annotated[tuple[AdapterInfo, ...], Field(max_length=MAX_ANNOUNCED_ADAPTERS)] = ()

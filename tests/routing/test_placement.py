@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.dht import ServerRecord
 from swarm.errors import BadSpan
-from swarm.routing.placement import block_throughputs, choose_span, resume_span
+from swarm.routing.placement import (
+    block_throughputs,
+    choose_span,
+    keep_or_choose,
+    makes_room,
+    resume_span,
+    uncovered_blocks,
+)
 from swarm.routing.snapshot import Snapshot
 
 
@@ -142,3 +149,63 @@ def test_who_resumes_leaves_no_gap_that_it_could_fill(swarm, num_wanted, mine):
     assert span == own.info.span and len(span) == min(num_wanted, num_blocks)
     throughputs = block_throughputs(num_blocks, [one for one in records if one is not own])
     assert 0 in throughputs[span.start : span.end] or 0 not in throughputs
+
+
+@settings(deadline=None)
+@given(swarms(), st.integers(1, 50))
+def test_a_choice_is_kept_while_no_span_is_weaker(swarm, num_wanted):
+    num_blocks, records = swarm
+    throughputs = block_throughputs(num_blocks, records)
+    best = choose_span(num_blocks, num_wanted, records)
+    for start in range(num_blocks - len(best) + 1):
+        chosen = BlockSpan(start=start, end=start + len(best))
+        as_weak = sorted(throughputs[start : chosen.end]) == sorted(throughputs[best.start : best.end])
+        assert keep_or_choose(num_blocks, chosen, records) == (chosen if as_weak else best)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(2, 24), st.lists(st.integers(1, 24), min_size=1, max_size=7), swarms())
+def test_servers_that_choose_at_the_same_moment_end_up_where_they_would_one_after_the_other(
+    num_blocks, lengths, present
+):
+    """Each round all of them read what all announced before, which is the worst case."""
+    online = [one for one in present[1] if one.info.span.end <= num_blocks and one.info.state is ServerState.ONLINE]
+    lengths = {f"Q{number}": min(length, num_blocks) for number, length in enumerate(lengths)}
+    one_by_one = list(online)
+    for peer_id, length in lengths.items():
+        span = choose_span(num_blocks, length, one_by_one)
+        one_by_one.append(record(peer_id, span.start, span.end, state=ServerState.JOINING))
+    spans = {peer_id: choose_span(num_blocks, length, online) for peer_id, length in lengths.items()}
+    for _ in lengths:
+        announced = online + [
+            record(peer_id, span.start, span.end, state=ServerState.JOINING) for peer_id, span in spans.items()
+        ]
+        seen = {one.peer_id for one in online}
+        spans = {
+            peer_id: keep_or_choose(num_blocks, span, [one for one in announced if makes_room(peer_id, one, seen)])
+            for peer_id, span in spans.items()
+        }
+    uncovered = set(uncovered_blocks(num_blocks, online)) - {b for span in spans.values() for b in span.blocks()}
+    assert len(uncovered) <= len(uncovered_blocks(num_blocks, one_by_one))
+
+
+def test_whom_a_joining_server_makes_room_for():
+    online, earlier, larger, smaller = (
+        record("Z", 0, 4),
+        record("Y", 0, 4, state=ServerState.JOINING),
+        record("X", 0, 4, state=ServerState.JOINING),
+        record("A", 0, 4, state=ServerState.JOINING),
+    )
+    seen = {"Z", "Y"}
+    assert [makes_room("M", one, seen) for one in (online, earlier, larger, smaller)] == [True, True, False, True]
+    assert not makes_room("Z", online, seen)  # itself
+
+
+def test_blocks_that_only_leaving_servers_hold_are_uncovered():
+    records = [
+        record("A", 0, 2),
+        record("B", 1, 4, state=ServerState.DRAINING),
+        record("C", 3, 4, state=ServerState.JOINING),
+        record("D", 4, 9),  # of another model, by its length
+    ]
+    assert uncovered_blocks(6, records) == [2]

@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,9 +259,8 @@ class World:
             max_bytes=2**20,
             max_adapter_bytes=2**20,
         )
+        self.sessions = SessionTable(engine.cache, on_change=self.changed.set)
         self.handler = Handler(
-            engine,
-            SessionTable(engine.cache, on_change=self.changed.set),
             fingerprint=FINGERPRINT,
             info=lambda: self.info,
             quotas=PeerQuotas(QuotaLimits()),
@@ -268,8 +268,8 @@ class World:
             step_timeout=120.0,
             pass_timeout=120.0,
             max_pass_tokens=512,
-            adapters=self.registry,
         )
+        self.handler.open(SimpleNamespace(engine=engine, sessions=self.sessions, adapters=self.registry))
         self._clients: list[Client] = []
 
     async def connect(self, node: Node) -> Client:

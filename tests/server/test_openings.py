@@ -118,8 +118,6 @@ def test_any_other_question_is_answered_with_the_info_alone(line, question):
 async def test_the_handler_keeps_the_line():
     fingerprint = "a" * 64
     handler = Handler(
-        SimpleNamespace(span=SimpleNamespace(blocks=INFO.span)),
-        SimpleNamespace(open=lambda request, peer_id: SimpleNamespace(rows=[])),
         fingerprint=fingerprint,
         info=lambda: INFO,
         quotas=PeerQuotas(QuotaLimits()),
@@ -127,7 +125,13 @@ async def test_the_handler_keeps_the_line():
         step_timeout=1.0,
         pass_timeout=1.0,
         max_pass_tokens=64,
-        adapters=empty_registry(),
+    )
+    handler.open(
+        SimpleNamespace(
+            engine=SimpleNamespace(span=SimpleNamespace(blocks=INFO.span)),
+            sessions=SimpleNamespace(open=lambda request, peer_id: SimpleNamespace(rows=[])),
+            adapters=empty_registry(),
+        )
     )
 
     async def ask(peer, number):

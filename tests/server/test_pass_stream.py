@@ -115,8 +115,6 @@ class Door:
         self.engine = Engine(span, KVCache(len(SPAN), 1024, 4, span.device, span.dtype), max_batch_tokens=32)
         self.engine.start()
         self.handler = Handler(
-            self.engine,
-            SessionTable(self.engine.cache),
             fingerprint=FINGERPRINT,
             info=lambda: ServerInfo(
                 state=ServerState.ONLINE, span=SPAN, throughput=1.0, numerics="x", cache_tokens_left=5
@@ -126,8 +124,9 @@ class Door:
             step_timeout=120.0,
             pass_timeout=120.0,
             max_pass_tokens=MAX_PASS_TOKENS,
-            adapters=empty_registry(),
         )
+        sessions = SessionTable(self.engine.cache)
+        self.handler.open(SimpleNamespace(engine=self.engine, sessions=sessions, adapters=empty_registry()))
         self._serving: list[asyncio.Task[None]] = []
         self._streams: list[FrameStream] = []
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from swarm.errors import EngineError, UsageError
+from swarm.data_structures import BlockSpan, ServerInfo, ServerState
+from swarm.errors import EngineError, ModelNotFound, UsageError
 from swarm.server.config import ServerConfig
+from swarm.server.hosting import Loaded
 from swarm.server.server import Server
 from swarm.server.tasks import RowWork, StepTask
 
@@ -19,8 +23,8 @@ async def test_a_server_ends_with_its_engine(tiny_llama_folder: Path, monkeypatc
         ServerConfig(model=str(tiny_llama_folder), host_maddrs=("/ip4/127.0.0.1/tcp/0",), cache_tokens=64, threads=1)
     )
     await server.start()
-    engine = server._engine
-    assert engine is not None
+    assert server._hosting is not None
+    engine = server._hosting.engine
 
     def bug(*args: Any) -> None:
         raise RuntimeError("a bug of ours")
@@ -51,3 +55,111 @@ async def test_memory_that_adapters_do_not_leave(tiny_llama_folder: Path) -> Non
     )
     with pytest.raises(UsageError, match=r"beside 1\.1GB for adapters \(--adapter-memory\),.* but 0B of memory"):
         await Server(config).start()
+
+
+@pytest.fixture
+async def server(tiny_llama_folder: Path) -> AsyncIterator[Server]:
+    """Of four blocks that it chose itself, in a swarm of its own."""
+    server = Server(
+        ServerConfig(
+            model=str(tiny_llama_folder),
+            host_maddrs=("/ip4/127.0.0.1/tcp/0",),
+            num_blocks=4,
+            cache_tokens=64,
+            threads=1,
+            announce_period=1.0,
+        )
+    )
+    await server.start()
+    yield server
+    server.stop()
+    await server.serve_until_stopped()
+
+
+async def announced(server: Server) -> list[tuple[ServerState, str]]:
+    return [(record.info.state, str(record.info.span)) for record in await server.records()]
+
+
+async def test_a_paused_server_holds_no_blocks_and_is_in_no_list(server: Server) -> None:
+    assert await announced(server) == [(ServerState.ONLINE, "0:4")]
+    assert server._hosting is not None
+    span, engine = weakref.ref(server._hosting.engine.span), weakref.ref(server._hosting.engine)
+    await server.pause()
+    assert await announced(server) == []
+    assert (span(), engine()) == (None, None)  # so their memory is free
+    await server.pause()  # once more does no harm
+    await server.resume()
+    assert await announced(server) == [(ServerState.ONLINE, "0:4")]
+    assert server._handler.engine.span.blocks == server.span
+    await server.resume()
+
+
+async def test_a_server_that_moves_serves_its_new_blocks(server: Server) -> None:
+    assert server._hosting is not None
+    old = weakref.ref(server._hosting.engine.span)
+    await server.move(BlockSpan(start=3, end=7))
+    assert old() is None
+    assert await announced(server) == [(ServerState.ONLINE, "3:7")]
+    assert str(server._handler.engine.span.blocks) == "3:7"
+    assert not server._handler.draining
+
+
+async def test_while_it_loads_a_server_announces_how_fast_it_will_be(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server._hosting is not None
+    speed, load, seen = server._hosting.speed, server._load, list[ServerInfo]()
+
+    def watched(span: BlockSpan) -> Loaded:
+        seen.append(server._info())
+        return load(span)
+
+    monkeypatch.setattr(server, "_load", watched)
+    await server.move(BlockSpan(start=3, end=7))
+    (info,) = seen
+    assert (info.state, info.decode_times) == (ServerState.JOINING, speed.decode_times)
+
+
+async def test_a_server_that_cannot_load_other_blocks_goes_back(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = server._load
+
+    def fail(span: BlockSpan) -> Loaded:
+        if span.start == 4:
+            raise ModelNotFound("the disk is gone")
+        return load(span)
+
+    monkeypatch.setattr(server, "_load", fail)
+    await server.move(BlockSpan(start=4, end=8))
+    assert await announced(server) == [(ServerState.ONLINE, "0:4")]
+
+    monkeypatch.setattr(server, "_load", lambda span: fail(BlockSpan(start=4, end=8)))
+    await server.pause()
+    with pytest.raises(ModelNotFound):
+        await server.resume()
+    assert await announced(server) == []
+    monkeypatch.undo()
+    await server.resume()  # the disk is back
+    assert await announced(server) == [(ServerState.ONLINE, "0:4")]
+
+
+async def test_a_server_that_can_load_nothing_any_more_ends(tiny_llama_folder: Path) -> None:
+    config = ServerConfig(
+        model=str(tiny_llama_folder), host_maddrs=("/ip4/127.0.0.1/tcp/0",), num_blocks=4, cache_tokens=64, threads=1
+    )
+    server = Server(config)
+    await server.start()
+    assert server._mover is not None
+
+    async def decide() -> None:
+        await server.move(BlockSpan(start=4, end=8))
+
+    def fail(span: BlockSpan) -> Loaded:
+        raise ModelNotFound("the disk is gone")
+
+    server._mover.check, server._load = decide, fail  # type: ignore[method-assign]
+    server._mover._alarm.set()
+    with pytest.raises(ModelNotFound, match="the disk is gone"):
+        await server.serve_until_stopped()
+    assert server.node._stopped is not None

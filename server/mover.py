@@ -1,0 +1,97 @@
+"""Whether this server should serve other blocks: it asks itself now and then, and moves so that nobody is left alone.
+
+The decision is `routing.rebalancing`'s, over the records of all servers. A move begins with an announcement, because
+others may decide at the same moment on the same records; whoever decides after it was stored has read it. So a server
+that took longer than half of `delay` from its reading to its announcement gives up, and after `delay` everybody who
+decided without knowing has announced that, too, or given up. Then `may_leave` tells which of them go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from swarm.data_structures import BlockSpan, ServerState
+from swarm.dht import ServerRecord
+from swarm.errors import SwarmError
+from swarm.routing.placement import uncovered_blocks
+from swarm.routing.rebalancing import Rebalancer, RebalancingPolicy, may_leave
+
+logger = logging.getLogger(__name__)
+
+
+class Movable(Protocol):
+    """What a mover needs of its server."""
+
+    @property
+    def state(self) -> ServerState: ...
+
+    async def records(self) -> list[ServerRecord]:
+        """Of all servers of the model, read now. Raises NetworkError."""
+        ...
+
+    async def announce(self, state: ServerState) -> None:
+        """Be in this state, and let others know. Raises NetworkError."""
+        ...
+
+    async def move(self, span: BlockSpan) -> None:
+        """Drain, and serve these blocks instead."""
+        ...
+
+
+class Mover:
+    """For one server, on its event loop. policy: when moving pays. delay: seconds, see above."""
+
+    def __init__(self, server: Movable, num_blocks: int, peer_id: str, policy: RebalancingPolicy, delay: float):
+        self._server = server
+        self._num_blocks = num_blocks
+        self._peer_id = peer_id
+        self._policy = policy
+        self._delay = delay
+        self._rebalancer = Rebalancer(num_blocks, peer_id, policy)
+        self._rng = random.Random()
+        self._alarm = asyncio.Event()
+
+    def look(self, records: Sequence[ServerRecord]) -> None:
+        """These are the servers now. While blocks have none, one does not wait for the next check."""
+        if uncovered_blocks(self._num_blocks, records):
+            self._alarm.set()
+
+    async def keep_checking(self) -> None:
+        """Check about once in `policy.check_period` seconds, until cancelled. Raises what `Movable.move` raises."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._policy.next_check(self._rng)):
+                    await self._alarm.wait()
+            self._alarm.clear()
+            await self.check()
+
+    async def check(self) -> None:
+        """Decide once, and move if that is the decision. A swarm that does not answer decides nothing."""
+        if self._server.state is not ServerState.ONLINE:
+            return
+        started = time.monotonic()
+        try:
+            span = await asyncio.to_thread(self._rebalancer.decide, await self._server.records())
+            if span is None:
+                return
+            await self._server.announce(ServerState.DRAINING)
+            leaves = time.monotonic() - started < self._delay / 2 and await self._is_free_to_leave()
+        except SwarmError as error:
+            logger.info("cannot decide whether to move: %s", error)
+            span, leaves = None, False
+        if span is not None and leaves:
+            await self._server.move(span)
+        else:
+            with contextlib.suppress(SwarmError):  # the heartbeat will tell
+                await self._server.announce(ServerState.ONLINE)
+
+    async def _is_free_to_leave(self) -> bool:
+        await asyncio.sleep(self._delay)
+        records = await self._server.records()
+        return may_leave(self._num_blocks, records, self._peer_id, policy=self._policy)
