@@ -53,7 +53,7 @@ _MAX_REMEMBERED = 4096
 
 
 class DialBackAnswer(Frozen):
-    """seen_at: the ip address that the caller's connection comes from; None: it comes through a relay.
+    """seen_at: the ip address that the caller's connection comes from; None: through a relay, or not looked up.
 
     reached: whether the caller was met at one of its addresses; None: that was not tried.
     elsewhere: not tried either, for none of its addresses is where it comes from. reason: for people.
@@ -88,13 +88,15 @@ class DialBack:
         return runtime_pb2.ExpertInfo(serialized_info=answer.model_dump_json().encode())
 
     async def _answer(self, caller: PeerID, question: str) -> DialBackAnswer:
+        if not self._may_ask(f"peer {caller}", 1, PEER_PAUSE):
+            return DialBackAnswer(seen_at=None, reached=None, reason="you asked a moment ago")
         ip = await self._ip_of(caller)
         if ip is None:
             return DialBackAnswer(seen_at=None, reached=None, reason="your connection comes through a relay")
         if len(question) > MAX_QUESTION_BYTES:
             return DialBackAnswer(seen_at=ip, reached=None, reason="too many addresses")
-        if not self._may_ask(f"peer {caller}", 1, PEER_PAUSE) or not self._may_ask(f"ip {ip}", IP_BURST, IP_PERIOD):
-            return DialBackAnswer(seen_at=ip, reached=None, reason="you asked a moment ago")
+        if not self._may_ask(f"ip {ip}", IP_BURST, IP_PERIOD):
+            return DialBackAnswer(seen_at=ip, reached=None, reason="your neighbours asked a moment ago")
         if self._waiting >= MAX_WAITING:
             return DialBackAnswer(seen_at=ip, reached=None, reason="others are being called back")
         self._waiting += 1

@@ -44,6 +44,8 @@ MAX_RESERVATIONS = 128
 MAX_CIRCUITS = 1024
 MAX_CIRCUITS_TO = 256
 MAX_CIRCUITS_FROM = 64
+#: Streams of one peer: those of its connections, its reservation, and those on which it has yet to say what it wants.
+MAX_STREAMS_FROM = 96
 #: Seconds for a peer to say what it wants, or to take a connection.
 _PATIENCE = 10.0
 #: Bytes that are copied at a time; about twice as many of each direction wait here for a slow peer.
@@ -61,6 +63,7 @@ class RelayService:
         self._reservations: dict[bytes, object] = {}
         self._circuits_to: Counter[bytes] = Counter()
         self._circuits_from: Counter[bytes] = Counter()
+        self._streams_from: Counter[bytes] = Counter()
 
     async def register(self) -> None:
         await self._p2p.add_binary_stream_handler(HOP_STREAM, self._serve)
@@ -75,6 +78,10 @@ class RelayService:
 
     async def _serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         source = info.peer_id.to_bytes()
+        if self._streams_from[source] >= MAX_STREAMS_FROM:
+            writer.close()
+            return
+        self._streams_from[source] += 1
         try:
             async with asyncio.timeout(_PATIENCE):
                 request = await receive_hop(reader)
@@ -91,6 +98,7 @@ class RelayService:
             pass  # the usual end of a stream
         finally:
             writer.close()
+            _uncount(self._streams_from, source)
 
     async def _reserve(self, source: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The reservation lives as long as its stream, on which it is renewed: so each side sees at once when the other
@@ -132,10 +140,8 @@ class RelayService:
         try:
             await self._carry(source, target, reader, writer)
         finally:
-            for counter, peer in ((self._circuits_to, target), (self._circuits_from, source)):
-                counter[peer] -= 1
-                if not counter[peer]:
-                    del counter[peer]
+            _uncount(self._circuits_to, target)
+            _uncount(self._circuits_from, source)
 
     async def _carry(
         self, source: bytes, target: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -179,11 +185,20 @@ async def refuse_to_relay(p2p: WayfindingP2P) -> None:
     """For nodes that do not listen or shall not relay: without this, p2pd would."""
 
     async def refuse(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, RuntimeError):
-            await _refuse(writer, Status.PERMISSION_DENIED)
+        # The request is read before: closing a stream with unread data may take the answer along.
+        with contextlib.suppress(ProtocolError, EOFError, OSError, RuntimeError):
+            async with asyncio.timeout(_PATIENCE):
+                await receive_hop(reader)
+                await _refuse(writer, Status.PERMISSION_DENIED)
         writer.close()
 
     await p2p.add_binary_stream_handler(HOP_STREAM, refuse)
+
+
+def _uncount(counter: Counter[bytes], peer: bytes) -> None:
+    counter[peer] -= 1
+    if not counter[peer]:
+        del counter[peer]
 
 
 async def _refuse(writer: asyncio.StreamWriter, status: Status) -> None:

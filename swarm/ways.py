@@ -37,11 +37,11 @@ class WayfindingP2P(P2P):
 
     def learn_relays(self, peer_id: str, relays: Sequence[str]) -> None:
         """From now on this peer is reached through these relays, the first that works; none: directly."""
-        if relays and (peer_id in self._relays or len(self._relays) < _MAX_PEERS):
-            self._relays[peer_id] = tuple(relays)
-        elif not relays:
+        if not relays or str(self.peer_id) in relays:  # to those that we relay to we have the straightest way
             self._relays.pop(peer_id, None)
             self._open_until.pop(peer_id, None)
+        elif peer_id in self._relays or len(self._relays) < _MAX_PEERS:
+            self._relays[peer_id] = tuple(relays)
 
     async def open_direct_stream(self, peer: PeerID, kind: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A stream over whatever connection there is, or that libp2p finds by itself."""

@@ -217,7 +217,9 @@ def test_nobody_listens(join: Callable[..., tuple[int, str]], command: str, clos
     address = f"/ip4/127.0.0.1/tcp/{closed_port}/p2p/{PEER_ID}"
     code, line = join(command, address)
     assert code == 1
-    assert line.startswith(f"the initial peer did not answer: {address} (connection refused)")
+    assert line.startswith(
+        f"could not join at the step dial: the initial peer did not answer: {address} (dial: connection refused)"
+    )
 
 
 @pytest.mark.parametrize("command", ["run-server", "generate"])

@@ -86,7 +86,7 @@ async def test_dht_of_a_peer_that_is_in_no_swarm() -> None:
 
             stranger = await P2P.replicate(Multiaddr(f"/unix{control}"))
             [address] = [str(address) for address in await stranger.get_visible_maddrs()]
-            message = await failure(address, join_timeout=3.0)
+            message = await failure(address, join_timeout=5.0)
             await stranger.shutdown()
         finally:
             await daemon.stop()

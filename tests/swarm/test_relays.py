@@ -60,11 +60,20 @@ async def world() -> AsyncIterator[World]:
 async def echoes(client: Node, peer_id: str, data: bytes) -> bool:
     async with asyncio.timeout(30):
         _, reader, writer = await client.p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), "echo")
-        sending = asyncio.create_task(_send(writer, data))
-        received = await reader.readexactly(len(data))
-        await sending
+        _, received = await asyncio.gather(_send(writer, data), reader.readexactly(len(data)))
         writer.close()
     return received == data
+
+
+async def echoes_again(client: Node, peer_id: str) -> None:
+    """Once libp2p has noticed that the connection of before is dead, as it may do a moment late."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                assert await echoes(client, peer_id, b"hello again")
+                return
+            except (P2PDaemonError, EOFError, OSError):
+                await asyncio.sleep(0.1)
 
 
 async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
@@ -116,7 +125,7 @@ async def test_when_a_relay_dies_the_other_one_carries_on(world: World) -> None:
     await until(lambda: first.peer_id not in hidden.relays)
     assert changes[0] == hidden.relays != ()
     assert peer_id_of((await hidden.ready_address()).partition("/p2p-circuit")[0]) in hidden.relays
-    assert await echoes(client, hidden.peer_id, b"hello again")
+    await echoes_again(client, hidden.peer_id)
 
 
 async def test_the_only_relay_dies_and_comes_back(
@@ -143,7 +152,7 @@ async def test_the_only_relay_dies_and_comes_back(
 async def test_without_a_relay_the_error_says_so(world: World) -> None:
     bootstrap = await world.node(serve_relay=False)
     with pytest.raises(JoinFailed, match=r"at the step relay: others cannot reach this peer.*it does not relay.*run"):
-        await world.hidden(await bootstrap.ready_address(), relay_timeout=1.0)
+        await world.hidden(await bootstrap.ready_address(), relay_timeout=4.0)
 
 
 async def ask(node: Node, peer: Node, message: CircuitMessage) -> int | None:
@@ -178,6 +187,10 @@ async def test_what_strangers_may_take(world: World, monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             patch.setattr(relay_service, limit, 0)
             assert await ask(client, relay, connect) == Status.RESOURCE_LIMIT_EXCEEDED
+    with monkeypatch.context() as patch:
+        patch.setattr(relay_service, "MAX_STREAMS_FROM", 0)
+        with pytest.raises((EOFError, OSError)):
+            await ask(client, relay, connect)
     assert await ask(client, relay, connect) == Status.OK
     stranger = CircuitMessage(Hop.CONNECT, peer=client.p2p.peer_id.to_bytes())
     assert await ask(client, relay, stranger) == Status.NO_RESERVATION
@@ -208,11 +221,7 @@ async def test_a_relay_keeps_nothing_of_those_that_left(world: World, monkeypatc
 
 
 async def test_reservations_are_renewed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The relay forgets those that are not."""
-    monkeypatch.setattr(relay_service, "RESERVATION_TIME", 1.5)
-    monkeypatch.setattr(reservations, "_RENEWAL", 0.2)
-    relay = await world.node()
-    hidden = await world.hidden(await relay.ready_address())
+    monkeypatch.setattr(reservations, "_RENEWAL", 0.1)
     renewals = 0
 
     async def counted(*arguments: Any) -> CircuitMessage:
@@ -223,9 +232,18 @@ async def test_reservations_are_renewed(world: World, monkeypatch: pytest.Monkey
 
     ask_once = reservations._ask
     monkeypatch.setattr(reservations, "_ask", counted)
+    relay = await world.node()
+    hidden = await world.hidden(await relay.ready_address())
     changes: list[None] = []
     hidden.on_new_relays = lambda: changes.append(None)
-    await until(lambda: renewals >= 10)
+    await until(lambda: renewals >= 5)
     assert hidden.relays and not changes
-    monkeypatch.setattr(reservations, "_RENEWAL", 60.0)
+
+
+async def test_a_relay_forgets_who_does_not_renew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_service, "RESERVATION_TIME", 0.5)
+    relay = await world.node()
+    hidden = await world.hidden(await relay.ready_address())
+    changes: list[None] = []
+    hidden.on_new_relays = lambda: changes.append(None)
     await until(lambda: changes)
