@@ -20,6 +20,9 @@ from .errors import ProtocolError
 HOP_STREAM = "/libp2p/circuit/relay/0.2.0/hop"
 STOP_STREAM = "/libp2p/circuit/relay/0.2.0/stop"
 
+#: On these p2pd itself is at the other end, or may be: nothing but the messages of this protocol may travel there.
+CIRCUIT_STREAMS = frozenset({HOP_STREAM, STOP_STREAM})
+
 #: As in go-libp2p.
 MAX_MESSAGE_BYTES = 4096
 

@@ -29,7 +29,7 @@ from .dial_back import DialBack
 from .errors import BadAddress, NetworkError, PortInUse
 from .identity import Identity
 from .join import InitialPeers
-from .p2p_daemon import P2PDaemon, socket_root
+from .p2p_daemon import P2PDaemon, node_arguments, socket_root
 from .ports import check_ports_are_free
 from .reachability import Reachability
 from .records import Complaints, RecordValidator
@@ -197,34 +197,17 @@ class Node:
         return peer_id_of(address) == self.peer_id
 
     async def _start_daemon(self, identity: Identity, control: Path) -> P2PDaemon:
-        arguments = {
-            "listen": f"/unix{control}",
-            "id": str(identity.path),
-            "dhtServer" if self.config.listen else "dhtClient": "1",
-            "idleTimeout": f"{_START_TIMEOUT:g}s",
-            "connManager": "1",
-            "tls": "1",
-            "relay": "1",  # take part in relayed connections, at either end
-            # Talk to nobody but those that we are told to, and leave relays to `relay_service` and `reservations`.
-            "natPortMap": "0",
-            "autonat": "0",
-            "b": "0",
-            "relayService": "0",
-            "relayDiscovery": "0",
-            "autoRelay": "0",
-        }
-        if self.config.listen:
-            check_ports_are_free(self.config.host_maddrs)
-            arguments["hostAddrs"] = ",".join(self.config.host_maddrs)
-            if self.config.announce_maddrs:
-                arguments["announceAddrs"] = ",".join(self.config.announce_maddrs)
-        else:
-            arguments["noListenAddrs"] = "1"
+        config = self.config
+        if config.listen:
+            check_ports_are_free(config.host_maddrs)
+        arguments = node_arguments(control, identity.path, _START_TIMEOUT, config.host_maddrs if config.listen else ())
+        if config.listen and config.announce_maddrs:
+            arguments.append(f"-announceAddrs={','.join(config.announce_maddrs)}")
         try:
-            return await P2PDaemon.start([f"-{name}={value}" for name, value in arguments.items()], _START_TIMEOUT)
+            return await P2PDaemon.start(arguments, _START_TIMEOUT)
         except NetworkError as error:
             if "address already in use" in str(error):
-                wanted = ", ".join(self.config.host_maddrs)
+                wanted = ", ".join(config.host_maddrs)
                 raise PortInUse(f"cannot listen on {wanted}: another program listens there already") from error
             raise
 

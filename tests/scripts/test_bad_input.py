@@ -227,7 +227,7 @@ def test_another_peer_listens(join: Callable[..., tuple[int, str]], command: str
     server = tiny_swarm.servers[0]
     code, line = join(command, server.address.replace(server.peer_id, PEER_ID))
     assert code == 1
-    assert f"(another peer answers there: {server.peer_id})" in line
+    assert f"(handshake: another peer answers there: {server.peer_id})" in line
 
 
 @pytest.mark.parametrize(
