@@ -28,7 +28,7 @@ from swarm.errors import (
     SwarmError,
     UsageError,
 )
-from swarm.node import NodeThread
+from swarm.node_thread import NodeThread
 from swarm.passes import MAX_PASS_TOKENS
 from swarm.protocol import MAX_ROWS, RowAdapters, row_adapters
 from swarm.routing.chain import Chain, ChainLink

@@ -10,7 +10,8 @@ from swarm.architectures import num_blocks
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import AdapterRef, BlockSpan
 from swarm.dht import Directory
-from swarm.node import NodeConfig, NodeThread
+from swarm.node import NodeConfig
+from swarm.node_thread import NodeThread
 from swarm.protocol import RowAdapters
 from swarm.routing.router import Router, RouterConfig
 from swarm.rpc import timed_info, upload_rate

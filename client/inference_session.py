@@ -19,7 +19,7 @@ import torch
 from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan
 from swarm.errors import CacheFull, SessionTooLong, UsageError
-from swarm.node import NodeThread
+from swarm.node_thread import NodeThread
 from swarm.protocol import Reorder, RowAdapters, RowSlice
 from swarm.routing.chain import Chain
 from swarm.routing.router import Router

@@ -29,6 +29,28 @@ def block_throughputs(num_blocks: int, records: Iterable[ServerRecord]) -> list[
     return [math.fsum(throughputs) for throughputs in holders]
 
 
+def resume_span(
+    num_blocks: int, num_wanted: int, records: Iterable[ServerRecord], own: ServerRecord | None
+) -> BlockSpan | None:
+    """The span that this server had before it was restarted, if it should take that one again; else None.
+
+    It should if it is as long as what fits now, and nobody chose otherwise meanwhile: others may have filled the gap
+    while blocks elsewhere are held by nobody. Whether another place would be a little better is no matter here, but one
+    for rebalancing: what was loaded once loads quickly, and clients come back.
+
+    records: of all servers; one's own, which may be among them, is left out.
+    own: what this server announced last, unless that has expired.
+    """
+    if own is None or own.info.span.end > num_blocks or len(own.info.span) != min(num_wanted, num_blocks):
+        return None
+    others = [record for record in records if record.peer_id != own.peer_id]
+    throughputs = block_throughputs(num_blocks, others)
+    missing = [block for block, throughput in enumerate(throughputs) if not throughput]
+    if missing and not any(block in own.info.span for block in missing):
+        return None
+    return own.info.span
+
+
 def choose_span(num_blocks: int, num_wanted: int, records: Iterable[ServerRecord]) -> BlockSpan:
     """The span of `num_wanted` blocks where the swarm is weakest; the whole model if it is shorter.
 

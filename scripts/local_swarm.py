@@ -37,12 +37,14 @@ class ServerSpec:
 
     link: what stands between it and everybody else; None: the swarm's.
     program: see `RUN_SERVER`; None: the swarm's.
+    listens: without that, others reach it through relays.
     """
 
     blocks: str
     flags: tuple[str, ...] = ()
     link: Link | None = None
     program: tuple[str, ...] | None = None
+    listens: bool = True
 
     def __str__(self) -> str:
         return f"the server of blocks {self.blocks}" if self.blocks else "the server that chooses its blocks"
@@ -71,7 +73,9 @@ class ServerProcess:
         self._ready = threading.Event()
         self.seconds_to_ready = 0.0
         peers = ["--new-swarm"] if not initial_peers else ["--initial-peers", ",".join(initial_peers)]
-        listen = ("--host-maddrs", LOOPBACK) if link is None else link.flags
+        listen: tuple[str, ...] = ("--host-maddrs", LOOPBACK) if spec.listens else ("--no-listen",)
+        if link is not None:
+            listen = (*link.flags, "--relay", "never")  # calls back would be one more burden for the link
         command = [sys.executable, "-m", *(spec.program or RUN_SERVER), model, *peers]
         command += ["--blocks", spec.blocks] if spec.blocks else []
         command += [*listen, "--stop-with-stdin", *spec.flags]

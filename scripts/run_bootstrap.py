@@ -33,6 +33,12 @@ def run_bootstrap(
     identity_path: Annotated[
         Path | None, typer.Option(help="Private key file that keeps the peer id; made if absent.", show_default=False)
     ] = None,
+    serve_relay: Annotated[
+        bool,
+        typer.Option(
+            "--serve-relay/--no-serve-relay", help="Relay to servers that cannot be reached.", show_default=False
+        ),
+    ] = True,
     stop_with_stdin: Annotated[
         bool,
         typer.Option("--stop-with-stdin", help="Also stop when standard input closes (for programs that start us)."),
@@ -56,6 +62,7 @@ def run_bootstrap(
         announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
         identity_path=identity_path,
         swarm_key=swarm_key,
+        serve_relay=serve_relay,
     )
     run_until_stopped(lambda: _serve(config), watch)
 
@@ -67,7 +74,7 @@ async def _serve(config: NodeConfig) -> None:
 
 
 class Bootstrap:
-    """A node that only keeps DHT records and introduces peers to each other."""
+    """A node that only keeps DHT records, introduces peers to each other, and relays to those that need it."""
 
     def __init__(self, config: NodeConfig):
         self._config = config

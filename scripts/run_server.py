@@ -35,6 +35,12 @@ class QuantizationKind(StrEnum):
     NF4 = "nf4"
 
 
+class RelayKind(StrEnum):
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 def run_server(
     model: Annotated[str, typer.Argument(help="A local folder or a hub id.", show_default=False)],
     new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm of one's own.")] = False,
@@ -110,6 +116,26 @@ def run_server(
         list[str] | None,
         typer.Option(help="Addresses for others to use instead.", metavar="ADDR...", show_default=False),
     ] = None,
+    listen: Annotated[
+        bool,
+        typer.Option(
+            "--listen/--no-listen",
+            help="Accept connections; without it others come through relays.",
+            show_default=False,
+        ),
+    ] = True,
+    relay: Annotated[
+        RelayKind,
+        typer.Option(help="Have others come through relays; auto: if peers say that they cannot reach this server."),
+    ] = RelayKind.AUTO,
+    serve_relay: Annotated[
+        bool,
+        typer.Option(
+            "--serve-relay/--no-serve-relay",
+            help="Relay to servers that cannot be reached, if this one can.",
+            show_default=False,
+        ),
+    ] = True,
     identity_path: Annotated[
         Path | None, typer.Option(help="Private key file that keeps the peer id; made if absent.", show_default=False)
     ] = None,
@@ -161,6 +187,7 @@ def run_server(
 
     if host_maddrs and port:
         raise UsageError("--port and --host-maddrs exclude each other: write the port into the address")
+    check_relay(listen, relay, new_swarm, bool(host_maddrs or port or announce_maddrs))
     if blocks is not None and num_blocks is not None:
         raise UsageError("--blocks and --num-blocks exclude each other")
     try:
@@ -185,6 +212,9 @@ def run_server(
             max_adapter_size=max_adapter_size,  # type: ignore[arg-type]
             host_maddrs=tuple(split_addresses(host_maddrs or [])) or (f"/ip4/0.0.0.0/tcp/{port}",),
             announce_maddrs=tuple(split_addresses(announce_maddrs or [])),
+            listen=listen,
+            relay="always" if not listen else "never" if new_swarm else relay.value,
+            serve_relay=serve_relay,
             identity_path=identity_path,
             public_name=public_name,
             threads=threads,
@@ -210,6 +240,18 @@ def check_peers(new_swarm: bool, initial_peers: list[str] | None) -> tuple[str, 
     if not new_swarm and not peers:
         raise UsageError("say which swarm: --initial-peers ADDR... to join one, or --new-swarm to start one")
     return peers
+
+
+def check_relay(listen: bool, relay: RelayKind, new_swarm: bool, has_addresses: bool) -> None:
+    """Raises UsageError if the flags say different things of how others reach this server."""
+    if new_swarm and (not listen or relay is RelayKind.ALWAYS):
+        raise UsageError("the first server of a swarm must be reached directly: leave --no-listen and --relay out")
+    if not listen and relay is RelayKind.NEVER:
+        raise UsageError("nobody can reach a server with --no-listen and --relay never: leave one of them out")
+    if not listen and has_addresses:
+        raise UsageError(
+            "--no-listen excludes --host-maddrs, --port and --announce-maddrs: there is nothing to listen on"
+        )
 
 
 async def _serve(config: ServerConfig) -> None:

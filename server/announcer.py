@@ -15,6 +15,7 @@ from swarm.dht import Directory, ServerRecord
 from swarm.errors import SwarmError
 from swarm.line_rate import LineRate
 from swarm.node import Node
+from swarm.outage import Outage
 from swarm.routing.ping import PingTable
 from swarm.rpc import ping, upload_rate
 
@@ -58,6 +59,8 @@ class Announcer:
         self._touched = asyncio.Event()
         self._announced = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._announcing = Outage(logger, "announce this server")
+        self._reading = Outage(logger, "read the list of servers")
 
     @property
     def next_pings(self) -> dict[str, float]:
@@ -100,7 +103,9 @@ class Announcer:
             try:
                 await self.announce()
             except SwarmError as error:
-                logger.warning("could not announce this server (trying again): %s", error)
+                self._announcing.failed(error)
+            else:
+                self._announcing.worked()
             await asyncio.sleep(self._min_gap)
 
     @property
@@ -122,8 +127,9 @@ class Announcer:
         try:
             records = await self._directory.servers(self._model.fingerprint)
         except SwarmError as error:
-            logger.warning("could not read the list of servers: %s", error)
+            self._reading.failed(error)
             return
+        self._reading.worked()
         self._on_look(records)
         others = [
             record

@@ -15,7 +15,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from swarm.data_structures import BlockSpan
+from swarm.data_structures import BlockSpan, RelayMode
 from swarm.passes import MAX_PASS_TOKENS
 from swarm.routing.rebalancing import RebalancingPolicy
 
@@ -142,6 +142,16 @@ class ServerConfig(BaseModel):
 
     announce_maddrs: tuple[str, ...] = ()
     """Multiaddresses that others shall use instead of those that we listen on (behind a NAT or proxy)."""
+
+    listen: bool = True
+    """Accept connections. Without it others reach this server through relays only."""
+
+    relay: RelayMode = "auto"
+    """Whether others reach this server through relays: "auto" if peers of the swarm say that they cannot call it back.
+    One that starts a swarm has nobody to ask and needs none."""
+
+    serve_relay: bool = True
+    """If this server is reached directly, carry connections to those that are not. Costs line and a little CPU."""
 
     identity_path: Path | None = None
     """Private key file; made if absent. It decides the peer id. None: a fresh identity that is not kept."""

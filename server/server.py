@@ -8,14 +8,13 @@ import logging
 from collections.abc import Callable
 
 import swarm
-from swarm.addresses import only_relayed
 from swarm.architectures import architecture_of, span_tensors
-from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.data_structures import MAX_RELAYS, BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
 from swarm.errors import EngineError, NetworkError, SwarmError
 from swarm.node import Node, NodeConfig
 from swarm.progress import QUIET, Progress, StoppableProgress
-from swarm.routing.placement import choose_span, keep_or_choose, makes_room
+from swarm.routing.placement import choose_span, keep_or_choose, makes_room, resume_span
 from swarm.routing.rebalancing import RebalancingPolicy
 
 from .adapters.sources import Source
@@ -64,7 +63,6 @@ class Server:
         self._pausing = asyncio.Lock()
         self._moving_failed = asyncio.Event()
         self._known_speed: Speed | None = None  # of the blocks that are loaded now
-        self._relayed = False
 
     async def start(self) -> str:
         """Join, load, announce. Returns the address under which others reach this server.
@@ -102,6 +100,10 @@ class Server:
                 announce_maddrs=config.announce_maddrs,
                 identity_path=config.identity_path,
                 swarm_key=config.swarm_key,
+                listen=config.listen,
+                relay=config.relay,
+                serve_relay=config.serve_relay,
+                rejoin_period=min(NodeConfig.rejoin_period, config.announce_period),
             )
         )
 
@@ -121,7 +123,7 @@ class Server:
         self.span = config.blocks or await self._choose_span()
         await self._announcer.start()  # before loading, which may take longer than an announcement lives
         await self._handler.register(self.node.p2p)
-        self._relayed = only_relayed(await self.node.addresses())
+        self.node.on_new_relays = self._announcer.touch
         await self._host(self.span)
         self._start_moving()
         return await self.node.ready_address()
@@ -144,7 +146,7 @@ class Server:
             await self.announce(state)
 
     async def _choose_span(self) -> BlockSpan:
-        """The part of the model that the swarm holds worst, announced.
+        """The part of the model that this server had before a restart, or that the swarm holds worst, announced.
 
         Others may choose at the same moment, as when a whole swarm starts: all of them look again whether somebody else
         took the same, and some choose anew.
@@ -152,6 +154,11 @@ class Server:
         me, whole, num_wanted = self.node.peer_id, self.model.num_blocks, self._setup.sizes.num_blocks
         others = [record for record in await self.records() if record.peer_id != me]
         seen = {record.peer_id for record in others}
+        former = resume_span(whole, num_wanted, others, await self._directory.own(self.model.fingerprint))
+        if former is not None:
+            self.span = former
+            await self.announce(ServerState.JOINING)
+            return former
         self.span = choose_span(whole, num_wanted, others)
         for _ in range(_MAX_CHOICES):
             await self.announce(ServerState.JOINING)
@@ -322,7 +329,8 @@ class Server:
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,
             fixed=self._is_fixed,
-            relayed=self._relayed,
+            relayed=self.node.relayed,
+            relays=self.node.relays[:MAX_RELAYS],
             adapters=() if hosting is None else hosting.adapters.infos,
             fetches_adapters=hosting is not None and hosting.adapters.fetches,
         )

@@ -19,6 +19,13 @@ _HOSTS = {"ip4", "ip6", "dns", "dns4", "dns6", "dnsaddr"}
 _PORTS = {"tcp", "udp"}
 _WITHOUT_VALUE = {"quic", "quic-v1", "ws", "wss", "tls", "http", "https", "p2p-circuit"}
 _KNOWN = sorted(_HOSTS | _PORTS | _WITHOUT_VALUE | {"p2p"})
+#: Neither private nor public (see the special-purpose address registry of IANA), but found in containers and sandboxes.
+_RESERVED = tuple(
+    ipaddress.ip_network(network)
+    for network in ("192.0.2.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "240.0.0.0/4")
+)
+
+_P2P = b"\xa5\x03"  # the code of /p2p in a binary multiaddress
 _DNS_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
@@ -65,15 +72,48 @@ def peer_id_of(address: Multiaddr | str) -> str:
     return str(address).rstrip("/").rpartition("/p2p/")[2]
 
 
-def only_relayed(addresses: Iterable[str]) -> bool:
-    """Whether there are addresses, and each leads through a relay."""
-    ways = ["/p2p-circuit" in address for address in addresses]
-    return bool(ways) and all(ways)
+def ip_of(address: str) -> str | None:
+    """The ip address with which a multiaddress begins, in its usual form; None if it begins with something else."""
+    _, protocol, host, *_ = [*address.split("/"), "", ""]
+    if protocol not in ("ip4", "ip6"):
+        return None
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return None
+
+
+def relay_of(address: Multiaddr | str) -> str | None:
+    """The full address of the relay through which a checked peer address leads, the last one; None: it leads there
+    directly."""
+    relay, circuit, _ = str(address).rpartition("/p2p-circuit")
+    return relay if circuit else None
 
 
 def without_peer_id(address: Multiaddr | str) -> Multiaddr:
     """A checked peer address without its last /p2p/ID."""
-    return Multiaddr(str(address).rstrip("/").rpartition("/p2p/")[0])
+    return binary_maddr(str(address).rstrip("/").rpartition("/p2p/")[0])
+
+
+def binary_maddr(text: str) -> Multiaddr:
+    """A checked address whose bytes p2pd can read: hivemind writes peer ids in a newer form that p2pd does not know."""
+    hosts_and_ports, *rest = text.rstrip("/").split("/p2p/")
+    data = Multiaddr(hosts_and_ports).to_bytes() if hosts_and_ports else b""
+    for part in rest:
+        peer_id, slash, more = part.partition("/")
+        multihash = base58.b58decode(peer_id)
+        data += _P2P + bytes([len(multihash)]) + multihash
+        if slash:
+            data += Multiaddr(f"/{more}").to_bytes()
+    return Multiaddr(data)
+
+
+def is_second_choice(address: str) -> tuple[bool, bool, bool]:
+    """For sorting: the address to hand to others comes first."""
+    ip = ipaddress.ip_address(ip_of(address) or "0.0.0.0")
+    # Who is joined through a reserved address never hears of the other peers: libp2p passes theirs on only to callers
+    # on loopback, private and public addresses.
+    return any(ip in network for network in _RESERVED), ip.is_loopback, "/tcp/" not in address
 
 
 def _check_parts(text: str, example: str) -> list[tuple[str, str | None]]:

@@ -37,6 +37,10 @@ class SturdyControl(ControlClient):
             except ConnectionError:
                 return
 
+    def may_be_served(self, peer_id: PeerID) -> bool:
+        """Whether a peer may ask for what takes room here: in a private swarm, a member that we have met."""
+        return True
+
     async def meet(self, peer_id: PeerID) -> None:
         """Find out why a peer does not answer. Raises PeerRefused if it is for want of a swarm key, or TimeoutError."""
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -92,6 +92,10 @@ AdapterDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 MAX_ANNOUNCED_ADAPTERS = 128
 #: Most entries of `ServerInfo.next_pings`, so that a record stays small.
 MAX_NEXT_PINGS = 64
+#: Whether a peer has others reach it through relays; "auto": if peers say that they cannot call it back.
+RelayMode = Literal["auto", "always", "never"]
+#: Most entries of `ServerInfo.relays`.
+MAX_RELAYS = 4
 #: What somebody who is about to open a session calls himself while he chooses a server: random, and new each time.
 OpeningKey = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 #: Most of them that a server remembers at a time.
@@ -138,6 +142,7 @@ class ServerInfo(Frozen):
     next_pings: seconds of round trip to servers that hold the block after this span, by peer id.
     fixed: its owner chose its blocks, so it never moves to others.
     relayed: it can be reached through relays only, which are slow and may drop a connection.
+    relays: the peer ids of those, the first that works is taken; empty while it looks for others.
     adapters: those that it has; of more than MAX_ANNOUNCED_ADAPTERS, those that were used last.
     fetches_adapters: it loads adapters of the hub when somebody asks for them; their names hold a "/".
     """
@@ -162,6 +167,7 @@ class ServerInfo(Frozen):
     ] = {}
     fixed: bool = False
     relayed: bool = False
+    relays: Annotated[tuple[PeerName, ...], Field(max_length=MAX_RELAYS)] = ()
     adapters: Annotated[tuple[AdapterInfo, ...], Field(max_length=MAX_ANNOUNCED_ADAPTERS)] = ()
     fetches_adapters: bool = False
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,6 @@ class Directory:
     def __init__(self, node: Node):
         self._node = node
         self._complaints = node.complaints
-        self._last_expiration = 0.0
 
     @property
     def dropped(self) -> Counter[str]:
@@ -86,6 +85,7 @@ class Directory:
                 for _ in range(_STORE_ATTEMPTS):
                     if await self._store(keys, contents, ttl):
                         return
+                    await self.own(model.fingerprint)  # an earlier life may have left a record that expires later
         except Exception as error:
             raise NetworkError(f"could not announce this server: {_reason(error)}") from error
         raise NetworkError("could not announce this server: no peer of the swarm took its record")
@@ -94,11 +94,11 @@ class Directory:
         """Whether the peers took it. hivemind tells only the last answer, and that may be a no from a peer that has the
         very same record already: peers hand records on to those that join."""
         # A peer keeps the record that expires last, so news must always expire later than what it replaces.
-        expires = max(get_dht_time() + ttl, self._last_expiration + 1e-3)
-        self._last_expiration = expires
+        expires = max(get_dht_time() + ttl, self._node.last_expiration + 1e-3)
+        self._node.last_expiration = expires
         subkeys = [self._node.validator.local_public_key] * len(keys)
         stored = await self._node.dht.store_many(
-            keys, contents, expires, subkeys=subkeys, exclude_self=not self._node.config.listen
+            keys, contents, expires, subkeys=subkeys, exclude_self=not self._node.stores_records
         )
         return all(stored.values())
 
@@ -112,8 +112,21 @@ class Directory:
             if info.state == ServerState.OFFLINE:
                 self.dropped["offline"] += 1
             else:
+                self._node.p2p.learn_relays(peer_id, info.relays)
                 records.append(ServerRecord(peer_id, info, expires))
         return records
+
+    async def own(self, fingerprint: str) -> ServerRecord | None:
+        """This node's own record, also if it is from before a restart, or says that the server is offline.
+
+        Raises NetworkError like `servers`.
+        """
+        mine = self._node.peer_id
+        for peer_id, info, expires in await self._read(fingerprint, ServerInfo, [shard_of(mine)]):
+            if peer_id == mine:
+                self._node.last_expiration = max(self._node.last_expiration, expires)
+                return ServerRecord(peer_id, info, expires)
+        return None
 
     async def model_servers(self) -> dict[str, ModelInfo]:
         """Which model each server says it serves, by peer id. Raises NetworkError like `servers`."""
@@ -129,10 +142,12 @@ class Directory:
             said[model.fingerprint][model] += 1
         return {fingerprint: votes.most_common(1)[0][0] for fingerprint, votes in said.items()}
 
-    async def _read(self, prefix: str, info_type: type[Info]) -> list[tuple[str, Info, float]]:
+    async def _read(
+        self, prefix: str, info_type: type[Info], shards: Sequence[int] = range(NUM_SHARDS)
+    ) -> list[tuple[str, Info, float]]:
         """(peer id, content, expiration) of every acceptable record under a prefix."""
         found = []
-        for shard, subkey, content, expires in await self._fetch(prefix):
+        for shard, subkey, content, expires in await self._fetch(prefix, shards):
             if content == _WITHDRAWN:
                 continue
             try:
@@ -149,8 +164,8 @@ class Directory:
         """What hivemind finds under these keys. Raises NetworkError if nobody answers, or not in time."""
         self._node.check()
         for _ in range(2):
-            if not self._node.config.listen and not self._node.knows_others():
-                await self._node.rejoin()  # a client stores nothing for others: alone it would see an empty swarm
+            if not self._node.stores_records and not self._node.knows_others():
+                await self._node.rejoin()  # who stores nothing for others would, alone, see an empty swarm
             try:
                 # NaN: no expiration is late enough to end the search early, not even the infinite one that a stranger's
                 # reply may claim; so every peer near the key is asked and the latest record of each server wins.
@@ -158,13 +173,13 @@ class Directory:
                     found: dict[str, Any] = await self._node.dht.get_many(keys, sufficient_expiration_time=float("nan"))
             except Exception as error:
                 raise NetworkError(f"could not read the records of the swarm: {_reason(error)}") from error
-            if self._node.config.listen or self._node.knows_others():
+            if self._node.stores_records or self._node.knows_others():
                 return found
         raise NetworkError("could not read the records of the swarm: none of the peers that we know answers")
 
-    async def _fetch(self, prefix: str) -> list[tuple[int, Any, Any, float]]:
+    async def _fetch(self, prefix: str, shards: Sequence[int]) -> list[tuple[int, Any, Any, float]]:
         """(shard, subkey, content, expiration) of all records under a prefix, signatures checked, nothing else."""
-        shard_of_key = {_key(prefix, shard): shard for shard in range(NUM_SHARDS)}
+        shard_of_key = {_key(prefix, shard): shard for shard in shards}
         values = await self._search(list(shard_of_key))
         return [(shard_of_key[key], *entry) for key, value in values.items() for entry in _entries(value)]
 

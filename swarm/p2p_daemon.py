@@ -12,6 +12,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import hivemind
@@ -123,6 +125,37 @@ class P2PDaemon:
             return
         self.death_message = f"p2pd ended {ending}: {self._last_line}"
         self.died.set()
+
+
+def node_arguments(control: Path, identity: Path, idle_timeout: float, host_maddrs: Sequence[str]) -> list[str]:
+    """For a p2pd that talks to nobody but those that it is told to.
+
+    control: its socket. identity: the file with its key. idle_timeout: seconds for somebody to join it.
+    host_maddrs: where to listen; nowhere if there are none.
+    """
+    arguments = {
+        "listen": f"/unix{control}",
+        "id": str(identity),
+        "dhtServer" if host_maddrs else "dhtClient": "1",
+        "idleTimeout": f"{idle_timeout:g}s",
+        "connManager": "1",
+        "tls": "1",
+        "relay": "1",  # take part in relayed connections, at either end
+        # Relays are left to `relay_service` and `reservations`.
+        "relayService": "0",
+        "relayDiscovery": "0",
+        "autoRelay": "0",
+        "natPortMap": "0",
+        "autonat": "0",
+        "b": "0",
+    }
+    arguments |= {"hostAddrs": ",".join(host_maddrs)} if host_maddrs else {"noListenAddrs": "1"}
+    return [f"-{name}={value}" for name, value in arguments.items()]
+
+
+def socket_root() -> str | None:
+    """A folder whose name leaves room for a socket's: the kernel allows 107 bytes for the whole path."""
+    return None if len(tempfile.gettempdir()) < 60 else "/tmp"
 
 
 def _environment() -> dict[str, str]:

@@ -20,6 +20,7 @@ from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import StreamHandler, TUnaryHandler
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
+from .circuit import CIRCUIT_STREAMS
 from .control import MEETING_TIMEOUT, MEMBER_QUESTION, SturdyControl, make_sturdy
 from .errors import PeerRefused, to_wire
 from .membership import TAG_BYTES, SwarmKey
@@ -82,6 +83,9 @@ class PrivateControl(SturdyControl):
             raise PeerRefused(f"peer {peer_id} answers, but it does not have our swarm key, whatever it says")
         self._remember(peer_id)
 
+    def may_be_served(self, peer_id: PeerID) -> bool:
+        return peer_id in self._members
+
     async def call_unary_handler(self, peer_id: PeerID, proto: str, data: bytes) -> bytes:
         await self.meet(peer_id)
         return await super().call_unary_handler(peer_id, proto, self._greeting + data)
@@ -98,10 +102,15 @@ class PrivateControl(SturdyControl):
     ) -> tuple[StreamInfo, asyncio.StreamReader, asyncio.StreamWriter]:
         await self.meet(peer_id)
         info, reader, writer = await super().stream_open(peer_id, protocols)
-        writer.write(self._greeting)
+        if not CIRCUIT_STREAMS.issuperset(protocols):
+            writer.write(self._greeting)
         return info, reader, writer
 
     async def stream_handler(self, proto: str, handler_cb: StreamHandler, balanced: bool = False) -> None:
+        if proto in CIRCUIT_STREAMS:  # p2pd cannot greet; see `RelayService` for what members alone may ask there
+            await super().stream_handler(proto, handler_cb, balanced)
+            return
+
         async def guarded(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if await self._let_in(info.peer_id, reader, writer):
                 await handler_cb(info, reader, writer)

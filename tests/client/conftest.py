@@ -15,7 +15,7 @@ from local_blocks import LocalConnection
 from transformers import LlamaForCausalLM
 
 from swarm.client.model import AutoSwarmModelForCausalLM
-from swarm.node import NodeThread
+from swarm.node_thread import NodeThread
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ from swarm.errors import (
     SwarmError,
     UsageError,
 )
-from swarm.node import NodeThread
+from swarm.node_thread import NodeThread
 from swarm.passes import MAX_PASS_TOKENS
 from swarm.protocol import MAX_ROWS, row_adapters
 

@@ -20,7 +20,7 @@ from swarm.client.links import Links
 from swarm.data_structures import AdapterInfo, AdapterRef, BlockSpan, ModelInfo, OpeningAnswer, ServerInfo
 from swarm.dht import ServerRecord
 from swarm.errors import PeerRefused, PeerTimeout, PeerUnreachable, SessionLost, SwarmError
-from swarm.node import NodeThread
+from swarm.node_thread import NodeThread
 from swarm.protocol import NextServer, RowAdapters, RowSlice, StepRequest, row_adapters
 from swarm.routing.router import Router, RouterConfig
 

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.dht import ServerRecord
 from swarm.errors import BadSpan
-from swarm.routing.placement import block_throughputs, choose_span, keep_or_choose, makes_room, uncovered_blocks
+from swarm.routing.placement import (
+    block_throughputs,
+    choose_span,
+    keep_or_choose,
+    makes_room,
+    resume_span,
+    uncovered_blocks,
+)
 from swarm.routing.snapshot import Snapshot
 
 
@@ -105,6 +112,43 @@ def test_equal_sums_in_another_order_are_ties():
 def test_nothing_to_choose(num_blocks, num_wanted):
     with pytest.raises(BadSpan, match="at least 1"):
         choose_span(num_blocks, num_wanted, [])
+
+
+def test_a_restarted_server_takes_its_blocks_again():
+    own = record("me", 4, 7, state=ServerState.OFFLINE)
+    everywhere = record("other", 0, 10)
+    assert choose_span(10, 3, [everywhere]) == BlockSpan(start=0, end=3)
+    for records in ([], [everywhere], [everywhere, own], [record("other", 0, 4)]):
+        assert resume_span(10, 3, records, own) == own.info.span
+
+
+def test_a_restarted_server_whose_place_was_taken_fills_a_gap():
+    own = record("me", 4, 7)
+    assert resume_span(10, 3, [record("heir", 4, 7), record("other", 0, 4)], own) is None  # 7:10 are missing
+    assert resume_span(10, 3, [record("heir", 4, 6), record("other", 0, 4)], own) == own.info.span  # 6 is one of them
+    # one that is about to serve them chose them, too
+    heir = record("heir", 4, 7, state=ServerState.JOINING)
+    assert resume_span(10, 3, [heir, record("other", 0, 4)], own) is None
+
+
+def test_a_restarted_server_of_another_size_chooses_anew():
+    assert resume_span(10, 3, [], None) is None
+    assert resume_span(10, 4, [], record("me", 4, 7)) is None
+    assert resume_span(6, 3, [], record("me", 4, 7)) is None
+    assert resume_span(3, 5, [], record("me", 0, 3)) == BlockSpan(start=0, end=3)
+
+
+@settings(deadline=None)
+@given(swarms(), st.integers(1, 50), st.integers(0, 11))
+def test_who_resumes_leaves_no_gap_that_it_could_fill(swarm, num_wanted, mine):
+    num_blocks, records = swarm
+    own = records[mine] if mine < len(records) else None
+    span = resume_span(num_blocks, num_wanted, records, own)
+    if span is None:
+        return
+    assert span == own.info.span and len(span) == min(num_wanted, num_blocks)
+    throughputs = block_throughputs(num_blocks, [one for one in records if one is not own])
+    assert 0 in throughputs[span.start : span.end] or 0 not in throughputs
 
 
 @settings(deadline=None)

@@ -217,7 +217,9 @@ def test_nobody_listens(join: Callable[..., tuple[int, str]], command: str, clos
     address = f"/ip4/127.0.0.1/tcp/{closed_port}/p2p/{PEER_ID}"
     code, line = join(command, address)
     assert code == 1
-    assert line.startswith(f"the initial peer did not answer: {address} (connection refused)")
+    assert line.startswith(
+        f"could not join at the step dial: the initial peer did not answer: {address} (dial: connection refused)"
+    )
 
 
 @pytest.mark.parametrize("command", ["run-server", "generate"])
@@ -225,7 +227,7 @@ def test_another_peer_listens(join: Callable[..., tuple[int, str]], command: str
     server = tiny_swarm.servers[0]
     code, line = join(command, server.address.replace(server.peer_id, PEER_ID))
     assert code == 1
-    assert f"(another peer answers there: {server.peer_id})" in line
+    assert f"(handshake: another peer answers there: {server.peer_id})" in line
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from rich.console import Console
 from swarm.checkpoint import open_checkpoint
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.node import NodeConfig, NodeThread
+from swarm.node import NodeConfig
+from swarm.node_thread import NodeThread
 from swarm.scripts.health_summary import ModelHealth, problems, summarize
 from swarm.scripts.health_table import print_tables
 from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm

@@ -24,7 +24,9 @@ from swarm import AutoSwarmModelForCausalLM
 from swarm.checkpoint import open_checkpoint
 from swarm.data_structures import ServerInfo
 from swarm.dht import Directory
-from swarm.node import Node, NodeConfig, NodeThread
+from swarm.errors import UsageError
+from swarm.node import Node, NodeConfig
+from swarm.node_thread import NodeThread
 from swarm.records import write_record
 from swarm.rpc import server_info
 from swarm.scripts import run_server, serving
@@ -35,6 +37,7 @@ from swarm.server.sizing import block_size
 
 BIN = Path(sys.executable).parent
 PEER_ID = "QmXnnyufdzAWL5CqZ2RnSNgPbvCc1ALT73s6epPrRnZ1Xy"
+SOMEBODY = f"/ip4/192.0.2.7/tcp/31330/p2p/{PEER_ID}"
 READY = re.compile(r"READY (/ip4/[0-9.]+/tcp/[0-9]+/p2p/(Qm[A-Za-z0-9]{44}))\n")
 PATIENCE = 120.0  # seconds, for machines that are busy with other tests
 
@@ -349,3 +352,35 @@ def test_the_size_of_a_pass_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [config.max_pass_tokens for config in configs] == [ServerConfig(model="model").max_pass_tokens, 2000]
     with pytest.raises(ValidationError, match="max_pass_tokens"):  # clients would ban a server that takes less
         ServerConfig(model="model", max_pass_tokens=1023)
+
+
+@pytest.mark.parametrize(
+    ("flags", "listen", "relay"),
+    [
+        ({"new_swarm": True}, True, "never"),  # there is nobody to ask
+        ({"initial_peers": [SOMEBODY]}, True, "auto"),
+        ({"initial_peers": [SOMEBODY], "relay": run_server.RelayKind.NEVER}, True, "never"),
+        ({"initial_peers": [SOMEBODY], "relay": run_server.RelayKind.ALWAYS}, True, "always"),
+        ({"initial_peers": [SOMEBODY], "listen": False}, False, "always"),
+    ],
+)
+def test_how_others_come_here(monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], listen: bool, relay: str) -> None:
+    configs: list[ServerConfig] = []
+    monkeypatch.setattr(serving, "run_until_stopped", lambda serve, watch: serve())
+    monkeypatch.setattr(run_server, "_serve", configs.append)
+    run_server.run_server("model", **flags)
+    assert [(config.listen, config.relay, config.serve_relay) for config in configs] == [(listen, relay, True)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"new_swarm": True, "listen": False}, "first server"),
+        ({"new_swarm": True, "relay": run_server.RelayKind.ALWAYS}, "first server"),
+        ({"initial_peers": [SOMEBODY], "listen": False, "relay": run_server.RelayKind.NEVER}, "nobody can reach"),
+        ({"initial_peers": [SOMEBODY], "listen": False, "port": 31330}, "nothing to listen on"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        run_server.run_server("model", **flags)

@@ -1,12 +1,13 @@
 """What a server measures of the ways to others."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
 
 from swarm.data_structures import MAX_NEXT_PINGS, BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.errors import PeerTimeout
+from swarm.errors import NetworkError, PeerTimeout
 from swarm.server.announcer import MAX_PINGS, Announcer
 
 
@@ -91,3 +92,41 @@ async def test_few_are_pinged_at_a_time_and_only_the_nearest_announced(monkeypat
         pings = await world.look_around()
     assert pings.keys() == {f"P{one}" for one in range(MAX_NEXT_PINGS)}
     info(0, 4).model_validate({**info(0, 4).model_dump(), "next_pings": pings})  # fits into a record
+
+
+async def test_an_outage_is_logged_once_and_its_end_too(monkeypatch, caplog):
+    world = World(monkeypatch, [])
+    tried = asyncio.Event()
+    failing = True
+    attempts = {"announce": 0, "servers": 0}
+
+    def attempt(what):
+        attempts[what] += 1
+        if min(attempts.values()) >= 3:
+            tried.set()
+        if failing:
+            raise NetworkError("the DHT does not answer")
+
+    async def announce(model, info, ttl):
+        attempt("announce")
+
+    async def servers(fingerprint):
+        attempt("servers")
+        return []
+
+    world.announcer._directory = SimpleNamespace(announce=announce, servers=servers)
+    world.announcer._period = 0.01
+    failing = False
+    await world.announcer.start()
+    failing = True
+    for expected in ("could not announce this server", "can announce this server again"):
+        tried.clear()
+        attempts.update(announce=0, servers=0)
+        async with asyncio.timeout(20):
+            await tried.wait()
+        assert caplog.text.count(expected) == 1
+        failing = False
+    assert caplog.text.count("could not read the list of servers") == 1
+    assert caplog.text.count("can read the list of servers again") == 1
+    assert all(not task.done() for task in world.announcer._tasks)
+    await world.announcer.stop()

@@ -14,7 +14,6 @@ from swarm.addresses import (
     check_announce_address,
     check_listen_address,
     check_peer_address,
-    only_relayed,
     peer_id_of,
     split_addresses,
     without_peer_id,
@@ -121,10 +120,3 @@ def test_any_text_is_an_address_or_a_bad_address(text: str) -> None:
     for check in (check_peer_address, check_listen_address, check_announce_address):
         with contextlib.suppress(BadAddress):
             check(text)
-
-
-def test_only_relayed():
-    direct, relayed = "/ip4/1.2.3.4/tcp/1/p2p/A", "/ip4/1.2.3.4/tcp/1/p2p/R/p2p-circuit/p2p/A"
-    assert only_relayed([relayed, relayed])
-    assert not only_relayed([direct, relayed])
-    assert not only_relayed([])

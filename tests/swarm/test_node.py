@@ -24,7 +24,8 @@ import uvloop
 
 from swarm.errors import BadAddress, JoinFailed, NetworkError, PortInUse, UsageError
 from swarm.identity import Identity, peer_id_of_public_key
-from swarm.node import Node, NodeConfig, NodeThread
+from swarm.node import Node, NodeConfig
+from swarm.node_thread import NodeThread
 
 LOOPBACK = NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",))
 OTHER_PEER = "QmXnnyufdzAWL5CqZ2RnSNgPbvCc1ALT73s6epPrRnZ1Xy"
@@ -326,7 +327,10 @@ async def _divide_by_zero() -> float:
 
 
 def start_process(code: str, **options: Any) -> subprocess.Popen[str]:
-    program = "from swarm.node import *\nimport asyncio, time\n" + textwrap.dedent(code)
+    program = (
+        "from swarm.node import *\nfrom swarm.node_thread import NodeThread\nimport asyncio, time, uvloop\n"
+        + textwrap.dedent(code)
+    )
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, **options)
 
 
@@ -341,7 +345,7 @@ def test_killed_process_takes_p2pd_along(loop: str, moment: str) -> None:
             print("imported", flush=True)
             input()
             if {moment == "before we join it"}:  # p2pd is up, waiting for the first connection
-                P2P.replicate = wait
+                WayfindingP2P.replicate = wait
             await Node.start(NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",)))
             print("ready", flush=True)
             await asyncio.sleep(60)
