@@ -14,9 +14,10 @@ import pytest
 from hivemind.p2p import P2PDaemonError, PeerID
 
 from swarm import relay_service, reservations
-from swarm.addresses import peer_id_of
+from swarm.addresses import peer_id_of, without_peer_id
 from swarm.circuit import HOP_STREAM, CircuitMessage, Hop, Status, receive_hop, send_hop
 from swarm.errors import JoinFailed
+from swarm.membership import SwarmKey
 from swarm.node import Node, NodeConfig
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -247,3 +248,23 @@ async def test_a_relay_forgets_who_does_not_renew(world: World, monkeypatch: pyt
     changes: list[None] = []
     hidden.on_new_relays = lambda: changes.append(None)
     await until(lambda: changes)
+
+
+async def test_a_relay_of_a_private_swarm_keeps_places_for_members(world: World, tmp_path: Path) -> None:
+    SwarmKey.create(tmp_path / "key")
+    member = {"swarm_key": tmp_path / "key"}
+    relay = await world.node(**member)
+    hidden = await world.hidden(await relay.ready_address(), **member)
+    client = await world.node(await hidden.ready_address(), listen=False, **member)
+    assert await echoes(client, hidden.peer_id, os.urandom(300_000))
+
+    stranger = await world.node(listen=False)
+    await stranger.p2p._client.connect(relay.p2p.peer_id, [without_peer_id(await relay.ready_address())])
+    reader, writer = await stranger.p2p.open_direct_stream(relay.p2p.peer_id, HOP_STREAM)
+    await send_hop(writer, CircuitMessage(Hop.RESERVE))
+    assert (await receive_hop(reader)).status == Status.PERMISSION_DENIED
+    # It may have bytes carried to a member, who then hears that it lacks the key.
+    stranger.p2p.learn_relays(hidden.peer_id, hidden.relays)
+    _, reader, writer = await stranger.p2p.call_binary_stream_handler(PeerID.from_base58(hidden.peer_id), "echo")
+    writer.write(b"hello")
+    assert b"this swarm is private" in await reader.read()
