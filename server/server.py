@@ -120,7 +120,7 @@ class Server:
             pass_timeout=config.pass_timeout,
             max_pass_tokens=config.max_pass_tokens,
         )
-        self.span = config.blocks or await self._choose_span()
+        self._take(config.blocks or await self._choose_span())
         await self._announcer.start()  # before loading, which may take longer than an announcement lives
         await self._handler.register(self.node.p2p)
         self.node.on_new_relays = self._announcer.touch
@@ -156,10 +156,10 @@ class Server:
         seen = {record.peer_id for record in others}
         former = resume_span(whole, num_wanted, others, await self._directory.own(self.model.fingerprint))
         if former is not None:
-            self.span = former
+            self._take(former)
             await self.announce(ServerState.JOINING)
             return former
-        self.span = choose_span(whole, num_wanted, others)
+        self._take(choose_span(whole, num_wanted, others))
         for _ in range(_MAX_CHOICES):
             await self.announce(ServerState.JOINING)
             if num_wanted == whole or not self.config.initial_peers:
@@ -169,16 +169,20 @@ class Server:
             span = keep_or_choose(whole, self.span, before_us)
             if span == self.span:
                 break
-            self.span = span
+            self._take(span)
         return self.span
+
+    def _take(self, span: BlockSpan) -> None:
+        """From now on this is what is announced, with the speed that so many blocks had here before."""
+        self.span = span
+        self._known_speed = self._setup.known_speed(span)
 
     async def _host(self, span: BlockSpan) -> None:
         """Load these blocks, and serve them from now on. Then none are served if it raises.
 
         Raises ModelNotFound, NotSupported, UsageError or AdapterError.
         """
-        self.span = span
-        self._known_speed = self._setup.known_speed(span)
+        self._take(span)
         await self._announce_quietly(ServerState.JOINING)
         loaded = await in_daemon_thread(lambda: self._load(span))
         await uninterrupted(self._open(loaded))
