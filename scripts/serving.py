@@ -13,8 +13,6 @@ from typing import Any, Protocol
 
 from .logs import say, say_error
 
-_STDIN = "stdin"  # the name of the thread that watches it
-
 #: After the parent is gone, an orderly end may take this many seconds.
 ORPHAN_GRACE = 20.0
 
@@ -42,7 +40,7 @@ class StdinWatch:
         self._on_close: Callable[[], None] | None = None
         self._closed = False
         self._lock = threading.Lock()
-        threading.Thread(target=self._watch, name=_STDIN, daemon=True).start()
+        threading.Thread(target=self._watch, name="stdin", daemon=True).start()
 
     def on_close(self, action: Callable[[], None]) -> None:
         """Call `action` (from another thread) when it closes; at once if it did already."""
@@ -80,16 +78,6 @@ def run_until_stopped(make: Callable[[], Coroutine[Any, Any, None]], watch: Stdi
         return _end_after(THREAD_GRACE, lambda: os._exit(0))
 
     uvloop.run(main()).cancel()  # returns once the threads of its pool have ended
-    _end_beside_threads()
-
-
-def _end_beside_threads() -> None:
-    """End the process if other threads still work. They are daemons, which the interpreter's end would stop in the
-    middle of native code, and that aborts the process."""
-    if any(thread.name != _STDIN for thread in threading.enumerate() if thread is not threading.main_thread()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _end_after(seconds: float, end: Callable[[], None]) -> threading.Timer:
