@@ -73,8 +73,12 @@ def run_until_stopped(make: Callable[[], Coroutine[Any, Any, None]], watch: Stdi
             loop.add_signal_handler(number, task.cancel)
         if watch is not None:
             watch.on_close(lambda: _ask_to_cancel(loop, task))
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)  # uvloop would leave its own behind, which does nothing any more
         return _end_after(THREAD_GRACE, lambda: os._exit(0))
 
     uvloop.run(main()).cancel()  # returns once the threads of its pool have ended
