@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -252,6 +253,52 @@ def test_another_process_that_hangs(folder, use_hub, monkeypatch):
     ):
         checkpoint.fetch(block(2))
     checkpoint.fetch(block(2))
+
+
+def test_no_file_is_held_while_others_are_fetched(sharded, use_hub):
+    """Other processes that wait for it would see no progress, and give up in the end."""
+    use_hub(sharded)
+    held: list[int] = []
+
+    class Told(Progress):
+        def fetched(self, done: int, total: int) -> None:
+            lists = (cache_folder() / "hub" / "org--tiny").glob("*.parts")
+            held.append(sum(map(_is_locked, lists)))
+
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(checkpoint.tensor_names(), Told())
+    assert held and max(held) == 1
+
+
+def _is_locked(path):
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_what_another_process_fetched_meanwhile_is_not_fetched_again(folder, use_hub):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(block(1))
+    told: list[tuple[int, int]] = []
+    other = parts_of(hub.files[SINGLE]).lock(1.0)
+
+    class Told(Progress):
+        def fetched(self, done: int, total: int) -> None:
+            told.append((done, total))
+            if len(told) == 1:
+                for entry in (checkpoint._files.header(SINGLE)[name] for name in block(2)):
+                    other.write(entry.start, hub.files[SINGLE][entry.start : entry.end])
+                other.close()
+
+    before = hub.sent()
+    checkpoint.fetch(block(2), Told())
+    assert hub.sent() == before
+    assert told[0] == (0, 0)  # it waits
+    assert told[-1] == (checkpoint.nbytes(block(2)),) * 2  # it has come all the same
 
 
 def test_a_cache_that_cannot_be_written(folder, use_hub, monkeypatch):
