@@ -175,12 +175,14 @@ def find_on_hub(model: str, revision: str | None, token: str | None) -> tuple[Hu
 
 def _downloaded(api: HfApi, model: str, revision: str | None, reason: HubUnreachable) -> tuple[HubFiles, set[str]]:
     """A hub model as far as it was downloaded before. Raises ModelNotFound if it never was."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         config = Path(api.hf_hub_download(model, "config.json", revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         cause = reason.__cause__ or reason
+        if isinstance(cause, HfHubHTTPError):  # it was reached, and said why not
+            raise ModelNotFound(f"{model} is no folder here; {reason}") from cause
         raise ModelNotFound(f"{model} is no folder here, and the hub cannot be reached: {first_line(cause)}") from cause
     logger.warning("%s; using what was downloaded of it before", reason)
     commit = config.parent.name
