@@ -52,7 +52,7 @@ class HubFiles:
     listing: Listing = field(default_factory=dict)
     _headers: dict[str, Header] = field(default_factory=dict)
     _asked: dict[str, RemoteFile] = field(default_factory=dict)
-    _here: dict[str, tuple[Path, set[str]]] = field(default_factory=dict)  # tensors that are known to be here
+    _here: dict[str, Path] = field(default_factory=dict)  # whole weight files
 
     def path(self, file: str) -> Path:
         with hub_errors(self.model, file):
@@ -84,8 +84,6 @@ class HubFiles:
         if ranges:
             save_listing(self.model, self.commit, {**self.listing, **self._asked})
             paths |= self._parts.fetch(ranges, progress)
-        for file, names in wanted.items():
-            self._here.setdefault(file, (paths[file], set()))[1].update(names)
         return paths
 
     def missing(self, wanted: Mapping[str, Collection[str]]) -> int:
@@ -96,11 +94,11 @@ class HubFiles:
         paths: dict[str, Path] = {}
         ranges: FileRanges = {}
         for file, names in wanted.items():
-            path, here = self._here.get(file, (None, set()))
-            if path is None or not here.issuperset(names):
+            path = self._here.get(file)
+            if path is None or not path.exists():
                 path = self._whole(file)
             if path is not None:
-                paths[file] = path
+                paths[file] = self._here[file] = path
                 continue
             header = self.header(file)
             if absent := sorted(set(names) - header.keys()):

@@ -210,6 +210,28 @@ def test_a_file_that_lost_its_end_is_fetched_anew(folder, use_hub, spoil):
     assert_equal(open_checkpoint("org/tiny").read(block(1)), open_checkpoint(str(folder)).read(block(1)))
 
 
+def test_what_was_removed_meanwhile_is_fetched_anew(folder, use_hub):
+    """While a server was paused, say."""
+    use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(block(1))
+    shutil.rmtree(cache_folder())
+    assert checkpoint.missing(block(1)) > 0
+    for _ in range(2):
+        assert_equal(checkpoint.read(block(1)), open_checkpoint(str(folder)).read(block(1)))
+
+
+def test_what_another_process_discarded_is_fetched_anew(folder, use_hub):
+    """It found the file damaged, and began anew with parts of its own. What is not there reads as zeros."""
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(block(1))
+    with parts_of(hub.files[SINGLE]).lock(1.0) as other:
+        other.discard()
+    open_checkpoint("org/tiny").fetch(block(2))
+    assert_equal(checkpoint.read(block(1)), open_checkpoint(str(folder)).read(block(1)))
+
+
 def test_a_full_disk(folder, use_hub, monkeypatch):
     hub = use_hub(folder)
     checkpoint = open_checkpoint("org/tiny")
