@@ -83,11 +83,11 @@ class HubParts:
         """
         partials = {file: self._partial(file, remote) for file, (remote, _) in wanted.items()}
         with self._disk_errors():
-            planned = {
-                file: nbytes(absent)
-                for file, (_, ranges) in wanted.items()
-                if (absent := _to_fetch(ranges, partials[file].parts()))
-            }
+            planned: dict[str, int] = {}
+            for file, (_, ranges) in wanted.items():
+                absent = _to_fetch(ranges, partials[file].parts())
+                if absent or partials[file].wants_check:
+                    planned[file] = nbytes(absent)
             meter = _Meter(progress, sum(planned.values()))
             # One file after the other: whoever waits for another process sees that it makes progress with this file.
             for file in sorted(planned):
@@ -143,7 +143,7 @@ class HubParts:
 
     def _check_whole(self, file: str, remote: RemoteFile, writer: PartialWriter) -> None:
         """A file of which every part is here: are they the right ones? Raises DownloadFailed."""
-        if writer.file.checked or writer.file.parts() != [(0, remote.size)]:
+        if not writer.file.wants_check:
             return
         if writer.sha256() == remote.sha256:
             writer.mark_checked()

@@ -186,6 +186,24 @@ def test_a_whole_file_is_checked_once(folder, use_hub, monkeypatch):
     open_checkpoint("org/tiny").fetch(checkpoint.tensor_names())
 
 
+def test_a_whole_file_that_was_not_checked_is_checked_the_next_time(folder, use_hub, monkeypatch):
+    """The process was ended while it hashed the file."""
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "swarm.partial_file.PartialWriter.sha256", lambda writer: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.fetch(checkpoint.tensor_names())
+    partial = parts_of(hub.files[SINGLE])
+    assert checkpoint.missing(checkpoint.tensor_names()) == 0 and not partial.checked
+    before = hub.sent()
+    checkpoint.fetch(block(1))
+    assert partial.checked
+    assert hub.sent() == before
+
+
 def test_a_whole_file_that_is_damaged_is_removed(folder, use_hub):
     hub = use_hub(folder)
     checkpoint = open_checkpoint("org/tiny")
