@@ -46,8 +46,8 @@ class Movable(Protocol):
         """
         ...
 
-    async def move(self, span: BlockSpan) -> None:
-        """Drain, and serve these blocks instead."""
+    async def move(self, span: BlockSpan) -> bool:
+        """Drain, and serve these blocks instead. False if they cannot be loaded, so that it serves the old ones."""
         ...
 
 
@@ -63,6 +63,7 @@ class Mover:
         self._rebalancer = Rebalancer(num_blocks, peer_id, policy)
         self._rng = random.Random()
         self._alarm = asyncio.Event()
+        self._not_here: set[BlockSpan] = set()  # blocks that could not be loaded on this machine
 
     def look(self, records: Sequence[ServerRecord]) -> None:
         """These are the servers now. While blocks have none, one does not wait for the next check."""
@@ -85,7 +86,7 @@ class Mover:
         started = time.monotonic()
         try:
             span = await asyncio.to_thread(self._rebalancer.decide, await self._server.records())
-            if span is None:
+            if span is None or span in self._not_here:
                 return
             if await self._server.prepare(span):
                 # The old blocks were served meanwhile. Now others may be wanted, so this is decided anew, at once.
@@ -97,7 +98,9 @@ class Mover:
             logger.info("cannot decide whether to move: %s", error)
             span, leaves = None, False
         if span is not None and leaves:
-            await self._server.move(span)
+            if not await self._server.move(span):
+                # The swarm would send this server there again and again, and each time its sessions would be lost.
+                self._not_here.add(span)
         else:
             with contextlib.suppress(SwarmError):  # the heartbeat will tell
                 await self._server.announce(ServerState.ONLINE)

@@ -60,6 +60,7 @@ class Server:
         self._hosting: Hosting | None = None
         self._mover: Mover | None = None
         self._moving: asyncio.Task[None] | None = None
+        self._resuming: asyncio.Task[None] | None = None
         self._pausing = asyncio.Lock()
         self._moving_failed = asyncio.Event()
         self._known_speed: Speed | None = None  # of the blocks that are loaded now
@@ -184,8 +185,12 @@ class Server:
         """
         self._take(span)
         await self._announce_quietly(ServerState.JOINING)
-        loaded = await in_daemon_thread(lambda: self._load(span))
-        await uninterrupted(self._open(loaded))
+        progress = StoppableProgress(self._progress)
+        try:
+            loaded = await in_daemon_thread(lambda: self._load(span, progress))
+        finally:
+            progress.stop()  # whoever does not wait for it any more does not want it
+        await self._open(loaded)
 
     async def _open(self, loaded: Loaded) -> None:
         assert self._announcer is not None
@@ -199,8 +204,8 @@ class Server:
         self._handler.open(self._hosting)
         await self._announce_quietly(ServerState.ONLINE)
 
-    def _load(self, span: BlockSpan) -> Loaded:
-        return load_blocks(self._setup, span, self._report, self._progress)
+    def _load(self, span: BlockSpan, progress: Progress) -> Loaded:
+        return load_blocks(self._setup, span, self._report, progress)
 
     async def _let_go(self) -> None:
         """Drain, and give the memory of the blocks back."""
@@ -211,7 +216,7 @@ class Server:
         if hosting is not None:
             await hosting.close()
             del hosting
-            await asyncio.to_thread(give_back, self._setup.device)
+        await asyncio.to_thread(give_back, self._setup.device)  # also of blocks that were loaded and never opened
 
     # --- moving and pausing ---
 
@@ -237,11 +242,13 @@ class Server:
         return self.config.blocks is not None or self.config.rebalance_period == 0
 
     async def _stop_moving(self) -> None:
+        """Neither move nor come back from a pause."""
         self._mover = None
-        if self._moving is not None:
-            self._moving.cancel()
-            await asyncio.gather(self._moving, return_exceptions=True)
-            self._moving = None
+        tasks = [task for task in (self._moving, self._resuming) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._moving = None
 
     async def prepare(self, span: BlockSpan) -> bool:
         """Fetch what these blocks need of a hub model, as far as it is not here. Whether anything was missing.
@@ -264,8 +271,8 @@ class Server:
         finally:
             progress.stop()  # whoever does not wait for it any more does not want it
 
-    async def move(self, span: BlockSpan) -> None:
-        """Drain, and serve these blocks instead. If they cannot be loaded, the old ones again.
+    async def move(self, span: BlockSpan) -> bool:
+        """Drain, and serve these blocks instead. If they cannot be loaded, the old ones again, and False is returned.
 
         Raises what loading raises when these cannot be loaded either.
         """
@@ -278,6 +285,7 @@ class Server:
             logger.error("cannot load blocks %s, so going back to %s: %s", span, before, error)
             await self._host(before)
         self._report(f"serving blocks {self.span}")
+        return self.span == span
 
     async def pause(self) -> None:
         """Let sessions move elsewhere, leave the swarm's list of servers, and give the memory back, until `resume`."""
@@ -295,15 +303,24 @@ class Server:
         Raises NetworkError or what loading raises; it is paused then as before.
         """
         async with self._pausing:
+            if self._stop.is_set():
+                raise NetworkError("this server ends, so it does not resume")
             if self.state is not ServerState.OFFLINE:
                 return
+            self._resuming = asyncio.create_task(self._come_back())
             try:
-                await self._host(self.config.blocks or await self._choose_span())
-            except BaseException:
-                await self._announce_quietly(ServerState.OFFLINE)
-                raise
-            self._start_moving()
-            self._report(f"serving blocks {self.span}")
+                await self._resuming
+            finally:
+                self._resuming = None
+
+    async def _come_back(self) -> None:
+        try:
+            await self._host(self.config.blocks or await self._choose_span())
+        except BaseException:
+            await self._announce_quietly(ServerState.OFFLINE)
+            raise
+        self._start_moving()
+        self._report(f"serving blocks {self.span}")
 
     def status(self) -> str:
         """In a word, for the owner: joining, online, draining or paused."""
@@ -371,6 +388,7 @@ class Server:
             await self._leave()
 
     async def _leave(self) -> None:
+        self._stop.set()  # nobody resumes it from here on
         await self._stop_moving()
         self.state = ServerState.OFFLINE
         if self._announcer is not None and not self.node.died.is_set():
