@@ -24,6 +24,10 @@ from swarm.routing.rebalancing import Rebalancer, RebalancingPolicy, may_leave
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that others count on a server that loads. One that hangs would hide a hole, and in a small swarm nobody else
+#: could move. A server that fetches its first blocks for longer may find others there when it is done.
+LOADING_LIMIT = 1200.0
+
 
 class Movable(Protocol):
     """What a mover needs of its server."""
@@ -63,11 +67,12 @@ class Mover:
         self._rebalancer = Rebalancer(num_blocks, peer_id, policy)
         self._rng = random.Random()
         self._alarm = asyncio.Event()
+        self._loading_since: dict[str, float] = {}  # seconds on the monotonic clock, by peer
         self._not_here: set[BlockSpan] = set()  # blocks that could not be loaded on this machine
 
     def look(self, records: Sequence[ServerRecord]) -> None:
         """These are the servers now. While blocks have none, one does not wait for the next check."""
-        if uncovered_blocks(self._num_blocks, records):
+        if uncovered_blocks(self._num_blocks, self._counted(records)):
             self._alarm.set()
 
     async def keep_checking(self) -> None:
@@ -85,7 +90,7 @@ class Mover:
             return
         started = time.monotonic()
         try:
-            span = await asyncio.to_thread(self._rebalancer.decide, await self._server.records())
+            span = await asyncio.to_thread(self._rebalancer.decide, await self._records())
             if span is None or span in self._not_here:
                 return
             if await self._server.prepare(span):
@@ -107,5 +112,16 @@ class Mover:
 
     async def _is_free_to_leave(self) -> bool:
         await asyncio.sleep(self._delay)
-        records = await self._server.records()
+        records = await self._records()
         return may_leave(self._num_blocks, records, self._peer_id, policy=self._policy)
+
+    async def _records(self) -> list[ServerRecord]:
+        return self._counted(await self._server.records())
+
+    def _counted(self, records: Sequence[ServerRecord]) -> list[ServerRecord]:
+        """Without those that have been loading for too long."""
+        now = time.monotonic()
+        loading = {record.peer_id for record in records if record.info.state is ServerState.JOINING}
+        self._loading_since = {peer_id: self._loading_since.get(peer_id, now) for peer_id in loading}
+        late = {peer_id for peer_id, since in self._loading_since.items() if now - since >= LOADING_LIMIT}
+        return [record for record in records if record.peer_id not in late]

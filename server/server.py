@@ -11,7 +11,7 @@ import swarm
 from swarm.architectures import architecture_of, span_tensors
 from swarm.data_structures import MAX_RELAYS, BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
-from swarm.errors import EngineError, NetworkError, SwarmError
+from swarm.errors import EngineError, NetworkError
 from swarm.node import Node, NodeConfig
 from swarm.progress import QUIET, Progress, StoppableProgress
 from swarm.routing.placement import choose_span, keep_or_choose, makes_room, resume_span
@@ -281,8 +281,8 @@ class Server:
         await uninterrupted(self._let_go())
         try:
             await self._host(span)
-        except (SwarmError, OSError, RuntimeError, MemoryError) as error:
-            logger.error("cannot load blocks %s, so going back to %s: %s", span, before, error)
+        except Exception as error:  # whatever a library raises over a damaged file or a full device
+            logger.error("cannot load blocks %s, so going back to %s: %r", span, before, error)
             await self._host(before)
         self._report(f"serving blocks {self.span}")
         return self.span == span

@@ -203,6 +203,22 @@ async def test_a_hole_is_not_waited_out(board):
     running.cancel()
 
 
+async def test_who_loads_for_ever_hides_no_hole(board, monkeypatch):
+    """In a small swarm nobody else may move while he is on his way."""
+    spare = board.add("A", 0, 4)
+    board.add("B", 0, 4, fixed=True)
+    board.add("C", 4, 8, state=JOINING, throughput=0.0)
+    spare.mover.look(await spare.records())
+    assert not spare.mover._alarm.is_set()
+    await spare.mover.check()
+    assert board.spans()["A"] == (0, 4)
+    monkeypatch.setattr("swarm.server.mover.LOADING_LIMIT", 0.0)
+    spare.mover.look(await spare.records())
+    assert spare.mover._alarm.is_set()
+    await spare.mover.check()
+    assert board.spans()["A"] == (4, 8)
+
+
 async def test_no_hole_no_hurry(board):
     spare = board.add("A", 0, 4, policy=RebalancingPolicy(check_period=36_000.0))
     board.add("B", 4, 8, fixed=True)
