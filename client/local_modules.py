@@ -14,7 +14,7 @@ from swarm.errors import UsageError
 from swarm.protocol import RowAdapters
 
 from .cache import RemoteCache
-from .remote_blocks import RemoteBlocks, refuse_local_cache
+from .remote_blocks import CalledAsBlock, RemoteBlocks, refuse_local_cache
 from .split_session import SplitSession
 
 
@@ -38,8 +38,8 @@ class BlocksWithModules(nn.Module):
     def __len__(self) -> int:
         return len(self.remote)
 
-    def __iter__(self) -> Iterator[BlocksWithModules]:
-        yield self
+    def __iter__(self) -> Iterator[CalledAsBlock]:
+        yield self.remote.as_block(self)
 
     def __getitem__(self, index: int | slice) -> BlocksWithModules | RemoteBlocks:
         """A part of the blocks, with the modules behind each of them."""

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from swarm.architectures import Architecture, architecture_of, client_config, client_tensors
+from swarm.architectures import Architecture, architecture_of, client_config, client_tensors, untested_refusal
 from swarm.checkpoint import Checkpoint, open_checkpoint
-from swarm.errors import NotSupported, UsageError
+from swarm.errors import ModelNotFound, NotSupported, UsageError
 from swarm.progress import QUIET, Progress
 from swarm.protocol import explain
 from swarm.quiet import quiet_loading
@@ -22,7 +22,12 @@ from .config import ClientConfig
 from .connection import SwarmConnection
 from .few_rows import speed_up_few_rows
 from .peft_targets import remote_module_names
+from .self_test import check_untested
 from .swarm_model import swarm_model_class
+
+#: What the names of a language model's head start with in checkpoints, and those of a classifier's in models.
+_HEADS = ("lm_head.", "embed_out.")
+_NEW_HEAD = "score."
 
 
 class AutoSwarmModelForCausalLM:
@@ -144,14 +149,29 @@ def _connected_model(
         names = checkpoint.tensor_names()
         own_names = client_tensors(architecture, names)
         if model_class is not architecture.causal_class:
-            own_names = {name for name in own_names if not name.startswith("lm_head.")}
+            own_names = {name for name in own_names if not name.startswith(_HEADS)}
         dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
-        with quiet_loading():
-            local = swarm_model_class(model_class).from_pretrained(
-                None, config=model_config, state_dict=checkpoint.read(own_names, progress), dtype=dtype
-            )
-        local.name_or_path = checkpoint.source  # what tools such as peft load its configuration from
+        try:
+            with quiet_loading():
+                local, info = model_class.from_pretrained(
+                    None,
+                    config=model_config,
+                    state_dict=checkpoint.read(own_names, progress),
+                    dtype=dtype,
+                    output_loading_info=True,
+                )
+        except (RuntimeError, ValueError) as error:
+            if architecture.is_tested:
+                raise
+            raise untested_refusal(architecture.model_type, f"it cannot be made without blocks ({error})") from error
+        if absent := sorted(name for name in info["missing_keys"] if not name.startswith(_NEW_HEAD)):
+            raise ModelNotFound(f"the checkpoint has no tensors for {', '.join(absent)}")
         local.eval().requires_grad_(False)
+        if not architecture.is_tested and model_class is architecture.causal_class:
+            check_untested(local, architecture)
+        # Not before: renamings of a checkpoint's tensors are found by the name of the class.
+        local.__class__ = swarm_model_class(model_class)
+        local.name_or_path = checkpoint.source  # what tools such as peft load its configuration from
         local._connect(connection, architecture, remote_module_names(architecture, names))
         local.set_adapter(config.active_adapter)
     except BaseException:

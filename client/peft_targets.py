@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from swarm.architectures import Architecture
+from swarm.architectures import Architecture, within_base
 from swarm.errors import NotSupported
 
 #: Of peft: what trains keys and values in front of the text.
@@ -30,8 +30,9 @@ REMOTE_MODULE = RemoteModule()
 
 def remote_module_names(architecture: Architecture, tensor_names: Iterable[str]) -> list[str]:
     """The modules in the blocks that have weights, as the block list knows them: "0.self_attn.q_proj", ..."""
-    prefix = f"{architecture.base_prefix}{architecture.blocks}."
-    modules = {name.removeprefix(prefix).rpartition(".")[0] for name in tensor_names if name.startswith(prefix)}
+    prefix = f"{architecture.blocks}."
+    within = (within_base(architecture, name) for name in tensor_names)
+    modules = {name.removeprefix(prefix).rpartition(".")[0] for name in within if name.startswith(prefix)}
     return sorted(name for name in modules if "." in name)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AttentionMaskInterface, Cache
 
+from swarm.architectures import Family
 from swarm.data_structures import BlockSpan
 from swarm.errors import NotSupported, UsageError
 from swarm.passes import MAX_PASS_TOKENS
@@ -38,6 +39,22 @@ def pass_mask_through(*args: Any, attention_mask: torch.Tensor | None = None, **
 AttentionMaskInterface.register(MASK_NAME, pass_mask_through)
 
 
+class CalledAsBlock:
+    """Blocks of the swarm as a family's own model calls the blocks in its list: see `Family`."""
+
+    def __init__(self, blocks: nn.Module, family: Family):
+        """blocks: `RemoteBlocks`, or what is called like them."""
+        self._blocks = blocks
+        self._family = family
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        named = dict(zip(self._family.arguments, arguments, strict=False)) | options
+        if "layer_past" in named:  # the older name
+            named["past_key_values"] = named.pop("layer_past")
+        output = self._blocks(named.pop("hidden_states"), **named)
+        return (output, None) if self._family.tuples else output
+
+
 class RemoteBlocks(nn.Module):
     """Blocks [span.start, span.end) of the swarm's model, called like one block and sliced like a list of blocks.
 
@@ -46,10 +63,12 @@ class RemoteBlocks(nn.Module):
     deep_prompts: called at every forward pass and once per session. Before each block, its prompts are added to the
         hidden states of the first tokens of every row. Gradients reach what it returns. None: there are none.
     remote_names: of the modules in these blocks, such as "0.self_attn.q_proj"; empty for slices.
+    family: of the model that iterates over them.
     """
 
     deep_prompts: DeepPrompts | None
     remote_names: Sequence[str] = ()
+    family: Family = Family()
 
     def __init__(
         self,
@@ -70,8 +89,13 @@ class RemoteBlocks(nn.Module):
     def __len__(self) -> int:
         return len(self.span)
 
-    def __iter__(self) -> Iterator[RemoteBlocks]:
-        yield self
+    def __iter__(self) -> Iterator[CalledAsBlock]:
+        """What the base model calls: all blocks as one."""
+        yield self.as_block(self)
+
+    def as_block(self, blocks: nn.Module) -> CalledAsBlock:
+        """blocks: these, or these with others between them."""
+        return CalledAsBlock(blocks, self.family)
 
     def __getitem__(self, index: int | slice) -> RemoteBlocks:
         if isinstance(index, int):

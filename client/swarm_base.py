@@ -92,7 +92,12 @@ class SwarmBaseMixin:
             soft = self.prompts.soft.to(inputs_embeds).expand(num_rows, -1, -1)
             input_ids, inputs_embeds = None, torch.cat([soft, inputs_embeds], dim=1)
             position_ids, num_tokens = None, num_tokens + num_prompts
-        if position_ids is None and attention_mask is not None and inputs_embeds is not None:
+        elif num_prompts and position_ids is not None:
+            position_ids = position_ids + num_prompts  # matter here where the client adds embeddings of positions
+        elif num_prompts and attention_mask is None:
+            assert cache is not None
+            position_ids = torch.arange(cache.filled, cache.filled + num_tokens, device=tokens.device)[None]
+        if position_ids is None and attention_mask is not None and (inputs_embeds is not None or num_prompts):
             # As servers count: padding may lie between prompts (ours or peft's) and the text. Other gaps are refused.
             position_ids = attention_mask.bool().cumsum(1).sub(1).clamp(min=0)[:, -num_tokens:]
         arguments |= {"attention_mask": attention_mask, "position_ids": position_ids}

@@ -62,6 +62,7 @@ class SwarmModelMixin:
         span = BlockSpan(start=0, end=connection.num_blocks)
         blocks = RemoteBlocks(span, self._open_session, connection.passes.run_blocks, self._adapters)
         blocks.remote_names = tuple(remote_names)
+        blocks.family = architecture.family
         setattr(base, self._blocks_name, blocks)
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(getattr(module, "config", None), PretrainedConfig):
@@ -70,7 +71,7 @@ class SwarmModelMixin:
 
     @property
     def _base(self) -> Any:
-        return getattr(self, self._base_prefix.rstrip("."))
+        return functools.reduce(getattr, self._base_prefix.rstrip(".").split("."), self)
 
     @property
     def _blocks(self) -> RemoteBlocks | BlocksWithModules:

@@ -7,6 +7,9 @@ computes raises `numerics.KERNEL_VERSION`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,12 +17,31 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from .batch import FlatBatch, RowView, WholeRows
+from .batch import FlatBatch, Reach, RowView, WholeRows
 from .decode_batch import DecodeBatch
 
 NAME = "swarm"
 #: The same with the very bits of plain transformers' "sdpa".
 NAME_LIKE_PLAIN = "swarm_like_plain"
+
+#: Gives what is added to the scores of a context's keys: `(number of keys, tensor like it) -> [heads, 1, keys]`.
+KeyBias = Callable[[int, torch.Tensor], torch.Tensor]
+
+_running: ContextVar[FlatBatch | DecodeBatch | WholeRows] = ContextVar("running batch")
+
+
+@contextlib.contextmanager
+def running(batch: FlatBatch | DecodeBatch | WholeRows) -> Iterator[None]:
+    """The batch that blocks run, for as long: not all families hand a model's arguments down to their attention."""
+    token = _running.set(batch)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def running_batch() -> FlatBatch | DecodeBatch | WholeRows:
+    return _running.get()
 
 
 def paged_attention(
@@ -29,25 +51,30 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    flat_batch: FlatBatch | DecodeBatch | WholeRows,
-    scaling: float,
+    scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    key_bias: KeyBias | None = None,
     like_plain: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store the new keys and values, then attend each row's new tokens to its whole context.
 
     query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim], the new tokens of the layer, and
-        the padding behind them if the batch has any.
+        the padding behind them if the batch has any. Values may be of another size.
     sliding_window, softcap, s_aux: passed by models that use them (Mistral, Gemma 2, gpt-oss).
+    key_bias: of families whose attention is written here (`families`).
     like_plain: see `use_paged_attention`.
-    Returns [1, tokens, heads, head_dim], zeros for padding.
+    Returns [1, tokens, heads, value's head_dim], zeros for padding.
 
     Of whole rows nothing is stored, and gradients pass.
     """
-    variant = Variant(scaling, sliding_window, softcap, s_aux, like_plain)
+    flat_batch = running_batch()
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    reach = Reach(sliding_window, _chunk_of(module))
+    variant = Variant(scaling, reach, softcap, s_aux, key_bias, like_plain)
     if isinstance(flat_batch, WholeRows):
         return _attend_whole(flat_batch, module.layer_idx, query, key, value, variant), None  # type: ignore[arg-type]
     keys, values = flat_batch.cache.storage(module.layer_idx, key, value)  # type: ignore[arg-type]
@@ -68,15 +95,32 @@ class Variant(NamedTuple):
     """
 
     scaling: float
-    window: int | None
+    reach: Reach
     softcap: float | None
     sinks: torch.Tensor | None
+    key_bias: KeyBias | None
     like_plain: bool
 
     @property
     def is_explicit(self) -> bool:
         """The fused kernels lack this."""
         return self.softcap is not None or self.sinks is not None
+
+    def with_bias(self, mask: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """mask: [..., keys], the last ones of a context of `num_keys`. Returns it with the bias, if there is one:
+        [heads, ..., keys]."""
+        if self.key_bias is None:
+            return mask
+        return mask + self.key_bias(num_keys, mask)[..., num_keys - mask.shape[-1] :]
+
+
+def _chunk_of(module: torch.nn.Module) -> int | None:
+    """Llama 4 says in its masks alone that a layer sees chunks."""
+    config: Any = getattr(module, "config", None)
+    size = getattr(config, "attention_chunk_size", None)
+    if size is None or config.layer_types[module.layer_idx] != "chunked_attention":
+        return None
+    return int(size)
 
 
 def _attend_whole(
@@ -97,9 +141,10 @@ def _attend_whole(
                 for kept, own in ((prefix.keys, k), (prefix.values, v))
             )
         context = k.shape[2]
-        windowed = variant.window is not None and context > variant.window
-        masked = windowed or variant.is_explicit or prefix is not None
-        mask = batch.mask(length, context, variant.window, query) if masked else None
+        is_plain = prefix is None and variant.reach.is_all(context) and variant.key_bias is None
+        mask = None
+        if not is_plain or variant.is_explicit:
+            mask = variant.with_bias(batch.mask(length, context, variant.reach, query), context)
         if variant.is_explicit:
             assert mask is not None
             output = _attend_explicitly(q, k, v, mask, variant)
@@ -122,25 +167,26 @@ def _attend_row(
 ) -> torch.Tensor:
     """query: of the whole batch. Returns [1, heads, the row's tokens, head_dim]."""
     query = query.narrow(2, row.first, row.num_tokens)
-    key, value = row.visible(keys, variant.window), row.visible(values, variant.window)
+    key, value = row.visible(keys, variant.reach), row.visible(values, variant.reach)
     if variant.is_explicit:
-        return _attend_explicitly(query, key, value, row.additive_mask(variant.window, query), variant)
-    if row.num_tokens == 1:
+        mask = variant.with_bias(row.additive_mask(variant.reach, query), row.length)
+        return _attend_explicitly(query, key, value, mask, variant)
+    if row.num_tokens == 1 and variant.key_bias is None:
         if variant.like_plain:
             grouped = query.shape[1] != key.shape[1]
             return F.scaled_dot_product_attention(query, key, value, scale=variant.scaling, enable_gqa=grouped)
         # One token sees all of its context, so the query heads that share a KV head can stand as its queries.
         packed = query.reshape(1, key.shape[1], -1, query.shape[3])
         output = F.scaled_dot_product_attention(packed, key, value, scale=variant.scaling)
-        return output.reshape(query.shape)
+        return output.reshape(1, query.shape[1], 1, value.shape[3])
     if variant.like_plain and row.num_tokens < row.length:
         key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
-    whole = row.num_tokens == row.length and (variant.window is None or row.length <= variant.window)
+    whole = row.num_tokens == row.length and variant.reach.is_all(row.length) and variant.key_bias is None
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None if whole else row.additive_mask(variant.window, query),
+        attn_mask=None if whole else variant.with_bias(row.additive_mask(variant.reach, query), row.length),
         is_causal=whole,
         scale=variant.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -151,16 +197,17 @@ def _attend_together(
     batch: DecodeBatch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, variant: Variant
 ) -> torch.Tensor:
     """One new token of every row. query: [1, heads, rows, head_dim]; returns [1, rows, heads, head_dim]."""
-    key, value = batch.gather(keys, variant.window), batch.gather(values, variant.window)
-    visible = batch.visible(variant.window)[:, None, None, :]
+    key, value = batch.gather(keys, variant.reach), batch.gather(values, variant.reach)
+    visible = batch.visible(variant.reach)[:, None, None, :]
     query = query[0].transpose(0, 1)[:, :, None]  # [rows, heads, 1, head_dim]
-    if variant.is_explicit:
+    if variant.is_explicit or variant.key_bias is not None:
         mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, float("-inf"))
+        mask = variant.with_bias(mask, batch.capacity)
         output = _attend_explicitly(query, key, value, mask, variant)
     else:
         packed = query.reshape(len(query), key.shape[1], -1, query.shape[3])
         output = F.scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=variant.scaling)
-    return output.reshape(1, len(query), -1, query.shape[3])
+    return output.reshape(1, len(query), -1, value.shape[3])
 
 
 def _attend_explicitly(

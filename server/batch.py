@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .kv_cache import KVCache, RowCache
 
@@ -45,6 +46,33 @@ class RowChunk:
         return prompts[:, self.position : self.position + self.num_tokens]
 
 
+class Reach(NamedTuple):
+    """How far back a token sees. window: so many tokens, itself included. chunk: to the start of its own chunk of so
+    many tokens (Llama 4). None: as far as there is."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first_seen(self, position: int) -> int:
+        """The first token that the one at `position` sees."""
+        if self.chunk is not None:
+            return position - position % self.chunk
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether tokens at the positions `query` see those at `key`, which are broadcast: bool."""
+        seen = key <= query
+        if self.window is not None:
+            seen = seen & (key > query - self.window)
+        if self.chunk is not None:
+            seen = seen & (key >= query - query % self.chunk)
+        return seen
+
+    def is_all(self, length: int) -> bool:
+        """Whether the tokens of a sequence of `length` see all that stand before them."""
+        return (self.window is None or length <= self.window) and (self.chunk is None or length <= self.chunk)
+
+
 @dataclass
 class RowView:
     """One row of a flattened batch, as attention needs it."""
@@ -53,42 +81,42 @@ class RowView:
     num_tokens: int
     length: int  # of its context, the new tokens and an adapter's prefix included
     slots: int | torch.Tensor  # of the context: the first if they lie side by side, else all, int64 [length]
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _masks: dict[Reach, torch.Tensor] = field(default_factory=dict)
 
-    def visible(self, stored: torch.Tensor, window: int | None) -> torch.Tensor:
+    def visible(self, stored: torch.Tensor, reach: Reach) -> torch.Tensor:
         """What its new tokens may see of a layer's keys or values: a view, not a copy, where slots lie side by side.
 
-        stored: [1, kv_heads, slots, head_dim]; the same comes back for only `num_visible(window)` slots.
+        stored: [1, kv_heads, slots, head_dim]; the same comes back for only `num_visible(reach)` slots.
         """
-        length = self.num_visible(window)
+        length = self.num_visible(reach)
         if isinstance(self.slots, int):
             return stored.narrow(2, self.slots + self.length - length, length)
         return stored.index_select(2, self.slots[self.length - length :])
 
-    def num_visible(self, window: int | None) -> int:
-        """Tokens of the context that at least one new token sees: it sees `window` of them, itself included."""
-        return self.length if window is None else min(self.length, window + self.num_tokens - 1)
+    def num_visible(self, reach: Reach) -> int:
+        """Tokens of the context that at least one new token sees."""
+        return self.length - reach.first_seen(self.length - self.num_tokens)
 
-    def additive_mask(self, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    def additive_mask(self, reach: Reach, like: torch.Tensor) -> torch.Tensor:
         """[num_tokens, num_visible], like's dtype and device: 0 where a new token sees another, else -inf.
 
         Made once for all layers.
         """
-        if window not in self._masks:
-            shape = self.num_tokens, self.num_visible(window)
-            self._masks[window] = causal_mask(*shape, window, like)
-        return self._masks[window]
+        if reach not in self._masks:
+            self._masks[reach] = causal_mask(self.num_tokens, self.length, reach, like)
+        return self._masks[reach]
 
 
-def causal_mask(num_queries: int, num_keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """[num_queries, num_keys], both at the end of the same sequence: 0 where a query may see a key, else -inf."""
-    query = torch.arange(num_keys - num_queries, num_keys, device=like.device)[:, None]
-    key = torch.arange(num_keys, device=like.device)[None, :]
-    hidden = key > query
-    if window is not None:
-        hidden |= key <= query - window
-    mask = torch.zeros(num_queries, num_keys, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(hidden, float("-inf"))
+def causal_mask(num_queries: int, length: int, reach: Reach, like: torch.Tensor) -> torch.Tensor:
+    """[num_queries, keys], both at the end of a sequence of `length`: 0 where a query may see a key, else -inf.
+
+    The keys are those that the first query sees, and all behind them.
+    """
+    first = length - num_queries
+    query = torch.arange(first, length, device=like.device)[:, None]
+    key = torch.arange(reach.first_seen(first), length, device=like.device)[None, :]
+    mask = torch.zeros(num_queries, key.shape[1], dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(~reach.sees(query, key), float("-inf"))
 
 
 class AlikeRows(NamedTuple):
@@ -123,14 +151,16 @@ class WholeRows:
             self.position_ids = self.position_ids + torch.tensor(skipped).repeat_interleave(torch.tensor(lengths)).to(
                 device
             )
-        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int, Reach], torch.Tensor] = {}
         self._prompted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def mask(self, length: int, context: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    def mask(self, length: int, context: int, reach: Reach, like: torch.Tensor) -> torch.Tensor:
         """[length, context], like's dtype and device: 0 where a token sees another, else -inf."""
-        if (length, context, window) not in self._masks:
-            self._masks[length, context, window] = causal_mask(length, context, window, like)
-        return self._masks[length, context, window]
+        key = length, context, reach
+        if key not in self._masks:
+            mask = causal_mask(length, context, reach, like)
+            self._masks[key] = F.pad(mask, (context - mask.shape[1], 0), value=float("-inf"))
+        return self._masks[key]
 
     def add_prompts(self, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
         """Deep prompts, [prompt tokens, hidden_size], added to the first tokens of every row (of shorter ones, to all).

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .batch import RowChunk
+from .batch import Reach, RowChunk
 from .kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -72,20 +72,21 @@ class DecodeBatch:
         self.slots = self._page_table.gather(1, self._positions[:, None] // size)[:, 0] * size + self._positions % size
         within_page = torch.arange(size, device=self._positions.device)
         self._context = (self._page_table[:, :, None] * size + within_page).flatten()
-        self._visible: dict[int | None, torch.Tensor] = {}
+        self._visible: dict[Reach, torch.Tensor] = {}
 
-    def visible(self, window: int | None) -> torch.Tensor:
+    @property
+    def capacity(self) -> int:
+        """Tokens of each row's context, those behind its end included."""
+        return self._page_table.shape[1] * self.cache.page_size
+
+    def visible(self, reach: Reach) -> torch.Tensor:
         """bool [rows, capacity]: which tokens of the gathered context each row's new token sees."""
-        if window not in self._visible:
-            capacity = self._page_table.shape[1] * self.cache.page_size
-            place = torch.arange(capacity, device=self._positions.device)
-            visible = place <= self._positions[:, None]
-            if window is not None:
-                visible &= place > self._positions[:, None] - window
-            self._visible[window] = visible
-        return self._visible[window]
+        if reach not in self._visible:
+            place = torch.arange(self.capacity, device=self._positions.device)
+            self._visible[reach] = reach.sees(self._positions[:, None], place)
+        return self._visible[reach]
 
-    def gather(self, stored: torch.Tensor, window: int | None) -> torch.Tensor:
+    def gather(self, stored: torch.Tensor, reach: Reach) -> torch.Tensor:
         """The rows' contexts from a layer's keys or values, zeros where a row does not see.
 
         For there may be other sessions' tokens, NaN perhaps, which must not come near a product.
@@ -93,4 +94,4 @@ class DecodeBatch:
         """
         _, heads, _, head_dim = stored.shape
         context = stored[0].index_select(1, self._context).view(heads, self.num_tokens, -1, head_dim).transpose(0, 1)
-        return context.masked_fill(~self.visible(window)[:, None, :, None], 0.0)
+        return context.masked_fill(~self.visible(reach)[:, None, :, None], 0.0)

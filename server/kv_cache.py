@@ -325,6 +325,11 @@ class KVCache:
             self._keys[layer], self._values[layer] = keys, values
         return keys, values
 
+    @property
+    def values_per_token(self) -> int:
+        """Numbers that are stored for a token, by those layers that have run."""
+        return sum(stored.shape[1] * stored.shape[3] for stored in (*self._keys, *self._values) if stored is not None)
+
     @torch.inference_mode()  # as the forward passes that write them
     def write(self, row: RowCache, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill a row from its start: [layers, kv_heads, tokens, head_dim] each. For the engine's thread."""

@@ -12,8 +12,7 @@ import torch
 from pydantic import ByteSize
 from torch import nn
 
-from swarm.architectures import one_block_of_each_kind, span_config
-from swarm.data_structures import BlockSpan
+from swarm.architectures import block_config, head_sizes, one_block_of_each_kind
 from swarm.errors import UsageError
 
 from .config import Quantization
@@ -72,13 +71,8 @@ def block_size(
 def cache_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in one block, as our cache stores them: all of the context, in `dtype`,
     also where a sliding window sees only its end; unfolded to heads where the model compresses them (MLA)."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None):
-        return int(heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) * dtype.itemsize)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return int(2 * kv_heads * head_dim * dtype.itemsize)
+    sizes = head_sizes(config)
+    return sizes.kv_heads * (sizes.key + sizes.value) * dtype.itemsize
 
 
 def plan(memory: int, size: BlockSize, label: str, *, fewest: int, most: int, cache_tokens: int | None = None) -> Plan:
@@ -129,7 +123,7 @@ def _block_on_meta(config: PretrainedConfig, index: int) -> nn.Module:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        model = AutoModel.from_config(span_config(config, BlockSpan(start=index, end=index + 1)))
+        model = AutoModel.from_config(block_config(config, index))
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
 
 
@@ -138,8 +132,9 @@ def _weight_bytes(block: nn.Module, dtype: torch.dtype, quantization: Quantizati
     and the fused experts of mixtures stay in `dtype`."""
     linear = [module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear)]
     others = sum(parameter.numel() for parameter in block.parameters()) - sum(linear)
+    buffers = sum(buffer.nbytes for buffer in block.buffers())
     outputs = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
-    in_dtype = others * dtype.itemsize
+    in_dtype = others * dtype.itemsize + buffers
     if quantization == "none":
         return in_dtype + sum(linear) * dtype.itemsize
     if quantization == "int8":  # a float32 scale for each output

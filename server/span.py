@@ -19,6 +19,7 @@ from swarm.data_structures import BlockSpan
 
 from .adapters.applied import AppliedAdapters
 from .adapters.base import BaseBlocks
+from .attention import running
 from .batch import FlatBatch, RowChunk, WholeRows
 from .decode_batch import DecodeBatch
 from .kv_cache import KVCache
@@ -121,9 +122,9 @@ class Span:
     def _run(
         self, hidden: torch.Tensor, batch: FlatBatch | DecodeBatch | WholeRows, start: int, end: int
     ) -> torch.Tensor:
-        with self.adapters.applied(batch.adapter_runs):
+        with self.adapters.applied(batch.adapter_runs), running(batch):
             output = self._slice(start, end)(
-                inputs_embeds=hidden[None], position_ids=batch.position_ids, use_cache=False, flat_batch=batch
+                inputs_embeds=hidden[None], position_ids=batch.position_ids, use_cache=False
             )
         hidden_states: torch.Tensor = output.last_hidden_state[0]
         return hidden_states

@@ -67,7 +67,8 @@ class BaseBlocks:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | PackedLinear)
+    """Not the routers of mixtures that are linear layers by class, but answer with a choice (Llama 4)."""
+    return isinstance(module, nn.Linear | PackedLinear) and not type(module).__name__.endswith("Router")
 
 
 def is_norm(module: nn.Module) -> bool:

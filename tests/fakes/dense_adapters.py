@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from tiny_families import blocks_of
 from torch import nn
 from transformers import DynamicCache
 
@@ -22,7 +23,7 @@ def plain_base(model: Any, span: BlockSpan | None = None, fingerprint: str = FIN
     """The blocks of a plain causal model as an importer sees them; all of them unless `span` says which."""
     span = span or BlockSpan(start=0, end=num_blocks(model.config))
     architecture = architecture_of(model.config)
-    blocks = getattr(model.base_model, architecture.blocks)
+    blocks = blocks_of(model)
     return BaseBlocks(
         blocks=nn.ModuleList(blocks[span.start : span.end]),
         span=span,
@@ -41,7 +42,7 @@ def apply_forms(model: Any, forms: AdapterForms, first_block: int = 0) -> Iterat
     first_block: where the forms' span begins. With a prefix: `model(input_ids, attention_mask=...)` of whole texts
     only, no `generate` and no cache of the caller's.
     """
-    blocks = getattr(model.base_model, architecture_of(model.config).blocks)
+    blocks = blocks_of(model)
     with contextlib.ExitStack() as stack:
         for block, form in zip(blocks[first_block:], forms.blocks, strict=False):
             for path, linear in form.linear.items():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from tiny_families import blocks_of
 from transformers import AutoModelForCausalLM
 
 from swarm.checkpoint import Checkpoint, open_checkpoint
@@ -76,13 +77,17 @@ def hidden_at_boundaries() -> Callable[[Any, torch.Tensor], list[torch.Tensor]]:
     input_ids: [tokens]. Returns [tokens, hidden_size] for each boundary: before block 0, ..., after the last block.
     """
 
+    def first_of(output: Any) -> torch.Tensor:
+        hidden = output[0] if isinstance(output, tuple) else output
+        return hidden[0].clone()
+
     def hidden_at(model: Any, input_ids: torch.Tensor) -> list[torch.Tensor]:
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         hooks = []
-        for block in model.base_model.layers:
+        for block in blocks_of(model):
             hooks.append(block.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0].clone())))
-            hooks.append(block.register_forward_hook(lambda _, args, output: outputs.append(output[0].clone())))
+            hooks.append(block.register_forward_hook(lambda _, args, output: outputs.append(first_of(output))))
         with torch.inference_mode():
             model(input_ids[None], use_cache=False)
         for hook in hooks:

@@ -8,9 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import SOFTCAPPED, WINDOWED, prompts, saved_model, spans_of, tiny_config
+from tiny_families import (
+    DRAWS,
+    WINDOWED,
+    families,
+    prompts,
+    saved_model,
+    spans_of,
+    tiny_config,
+    variants,
+)
 
-from swarm.architectures import TESTED, architecture_of
+from swarm.architectures import architecture_of
 from swarm.errors import NotSupported
 from swarm.server.batch import RowChunk
 from swarm.server.decode_batch import DecodeBatch
@@ -18,7 +27,7 @@ from swarm.server.kv_cache import KVCache
 
 
 @pytest.mark.parametrize("scattered", [False, True], ids=["contiguous", "scattered"])
-@pytest.mark.parametrize("model_type", sorted(TESTED))
+@pytest.mark.parametrize("model_type", variants())
 def test_sessions_in_one_batch_have_the_hidden_states_of_plain_transformers(
     model_type: str,
     scattered: bool,
@@ -26,7 +35,7 @@ def test_sessions_in_one_batch_have_the_hidden_states_of_plain_transformers(
     hidden_at_boundaries: Callable[..., list[torch.Tensor]],
     make_replay: Callable[..., Any],
 ) -> None:
-    model, checkpoint = saved_model(tiny_config(model_type), tmp_path)
+    model, checkpoint = saved_model(tiny_config(model_type), tmp_path, DRAWS.get(model_type))
     references = [hidden_at_boundaries(model, ids) for ids in prompts(30, 21, 12)]
     for span in spans_of(checkpoint):
         replay = make_replay(span, cache_tokens=256)
@@ -42,7 +51,7 @@ def test_sessions_in_one_batch_have_the_hidden_states_of_plain_transformers(
         assert replay.cache.is_contiguous(long.row) is not scattered
 
 
-@pytest.mark.parametrize("model_type", sorted(TESTED))
+@pytest.mark.parametrize("model_type", families())
 def test_a_decoding_batch_of_fixed_shape_gives_the_same(
     model_type: str,
     tmp_path: Path,
@@ -60,7 +69,7 @@ def test_a_decoding_batch_of_fixed_shape_gives_the_same(
         batch = DecodeBatch(3, 6, replay.cache, span.device)
         _spoil_unused_slots(replay.cache, sessions)
         for _ in range(4):
-            inputs, wanted, chunks = [torch.zeros(1, 32)], [], []
+            inputs, wanted, chunks = [torch.zeros(1, span.hidden_size)], [], []
             for session in sessions:
                 row, position = session.row, session.row.length
                 assert replay.cache.grow(row, position + 1)
@@ -98,14 +107,20 @@ def _spoil_unused_slots(cache: KVCache, sessions: list[Any]) -> None:
         stored[:, :, stale] = float("nan")
 
 
-@pytest.mark.parametrize("model_type", sorted(WINDOWED | SOFTCAPPED))
-def test_the_models_above_do_use_windows_and_soft_caps(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "otherwise"),
+    [
+        *((model_type, {"sliding_window": 64}) for model_type in sorted({*WINDOWED, "gpt_oss", "mixtral"})),
+        ("gemma2", {"attn_logit_softcapping": 50.0}),
+        ("llama4_text", {"attention_chunk_size": 64}),
+        ("llama4_text", {"attn_temperature_tuning": False}),
+        ("falcon/rw", {"alibi": False}),
+    ],
+)
+def test_the_models_above_do_use_what_is_their_own(model_type: str, otherwise: dict[str, Any], tmp_path: Path) -> None:
     (ids,) = prompts(30)
-    different = {"sliding_window": 64} if model_type in WINDOWED else {}
-    if model_type in SOFTCAPPED:
-        different["attn_logit_softcapping"] = 50.0
     logits = []
-    for settings in ({}, different):
+    for settings in ({}, otherwise):
         model, _ = saved_model(tiny_config(model_type, **settings), tmp_path)
         with torch.inference_mode():
             logits.append(model(ids[None], use_cache=False).logits)

@@ -10,6 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import saved_model, tiny_config
+
+from swarm.checkpoint import Checkpoint
+from swarm.data_structures import BlockSpan
+from swarm.errors import ModelNotFound
+from swarm.server.loader import load_span
 
 NUM_BLOCKS = 12
 #: Of one block: attention 2 x 1024x1024 + 2 x 256x1024, MLP 3 x 2816x1024, norms 2 x 1024.
@@ -128,3 +134,35 @@ def test_blocks_loaded_as_they_are_stored_stay_in_the_file(tmp_path: Path, monke
     assert mapped(torch.float32, "none") == 2 * 9
     assert mapped(torch.bfloat16, "none") == 0
     assert mapped(torch.float32, "int8") == 0  # norms neither: one of them would keep the file in memory
+
+
+def test_of_a_mixture_only_the_spans_experts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint has a tensor for each expert, which the library fuses."""
+    _, checkpoint = saved_model(tiny_config("mixtral"), tmp_path)
+    seen: list[str] = []
+    read = Checkpoint.read
+
+    def noting(self: Checkpoint, names: Any) -> Any:
+        seen.extend(names)
+        return read(self, names)
+
+    monkeypatch.setattr(Checkpoint, "read", noting)
+    blocks = BlockSpan(start=2, end=4)
+    load_span(checkpoint, blocks, dtype=torch.float32, quantization="none", device=torch.device("cpu"))
+    wanted = {name for name in checkpoint.tensor_names() if name.startswith(("model.layers.2.", "model.layers.3."))}
+    assert any(".experts.3." in name for name in wanted)
+    assert sorted(seen) == sorted(wanted)  # each of them once
+
+
+def test_a_tensor_that_a_checkpoint_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, checkpoint = saved_model(tiny_config("llama"), tmp_path)
+    names = checkpoint.tensor_names() - {"model.layers.3.mlp.up_proj.weight"}
+    monkeypatch.setattr(Checkpoint, "tensor_names", lambda _: names)
+    with pytest.raises(ModelNotFound, match=r"no tensors for these of block 3: layers\.0\.mlp\.up_proj\.weight"):
+        load_span(
+            checkpoint,
+            BlockSpan(start=2, end=4),
+            dtype=torch.float32,
+            quantization="none",
+            device=torch.device("cpu"),
+        )

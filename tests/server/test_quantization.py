@@ -225,15 +225,10 @@ def test_sizes_that_bitsandbytes_cannot_repack_are_served(tmp_path: Path) -> Non
     assert span.forward(torch.randn(3, 48), [RowChunk(row, 0, 3, 0, 2)], cache).isfinite().all()
 
 
-def test_experts_that_stay_unquantised_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_experts_that_stay_unquantised_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And, on the way, that experts stored one by one are fused while blocks load one by one."""
     from transformers import AutoConfig
 
-    import swarm.architectures
-
-    monkeypatch.setattr(swarm.architectures, "TESTED", swarm.architectures.TESTED | {"mixtral"})
     config = AutoConfig.for_model(
         "mixtral",
         hidden_size=64,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_families import tiny_config, variants
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
-from swarm.architectures import TESTED
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan
 from swarm.errors import UsageError
@@ -20,7 +20,6 @@ from swarm.server.batch import RowChunk
 from swarm.server.kv_cache import KVCache
 from swarm.server.loader import bytes_held, load_span
 from swarm.server.sizing import MAX_CACHE_TOKENS, BlockSize, Plan, block_size, cache_bytes, plan
-from swarm.server.span import Span
 
 CPU = torch.device("cpu")
 
@@ -46,37 +45,20 @@ def test_a_loaded_block_takes_what_was_predicted(
             assert bytes_held(block) == predicted
 
 
-def tiny_span_of(model_type: str, folder: Path) -> Span:
-    """Blocks of several kinds where the family has them, heads of a size that does not follow from the hidden size."""
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=7,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **({} if model_type in ("phi3", "olmo2", "cohere", "granite", "smollm3", "qwen2") else {"head_dim": 16}),
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    checkpoint = open_checkpoint(str(folder))
-    return load_span(checkpoint, BlockSpan(start=0, end=7), dtype=torch.float32, quantization="none", device=CPU)
-
-
-@pytest.mark.parametrize("model_type", sorted(TESTED))
+@pytest.mark.parametrize("model_type", variants())
 def test_every_family_stores_what_was_predicted(model_type: str, tmp_path: Path) -> None:
-    span = tiny_span_of(model_type, tmp_path)
-    config = open_checkpoint(str(tmp_path)).config
-    size = size_of(config, torch.float32, "none")
-    assert {bytes_held(block) for block in span._model.layers} == {size.weights}  # type: ignore[union-attr]
+    """The largest of its kinds of blocks, and the cache of each."""
+    config = tiny_config(model_type)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    blocks = BlockSpan(start=0, end=7)
+    span = load_span(checkpoint, blocks, dtype=torch.float32, quantization="none", device=CPU)
+    size = size_of(checkpoint.config, torch.float32, "none")
+    assert max(bytes_held(block) for block in span.modules) == size.weights
     cache = KVCache(7, 64, 16, CPU, torch.float32)
     (row,) = cache.admit(1, 4)
     cache.grow(row, 4)
-    span.forward(torch.randn(4, 32), [RowChunk(row, 0, 4, 0, 7)], cache)
+    span.forward(torch.randn(4, span.hidden_size), [RowChunk(row, 0, 4, 0, 7)], cache)
     for storage in zip(cache._keys, cache._values, strict=True):
         assert sum(tensor.nbytes for tensor in storage if tensor is not None) == (64 + 16) * size.cache_per_token
 

@@ -1,133 +1,49 @@
-"""Every supported model family, cut into spans with nothing but the data of swarm/architectures.py."""
+"""Configurations and checkpoints of every supported family, cut with the data of swarm/architectures."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_families import NUM_BLOCKS, saved_model, tiny_config, variants
+from transformers import AutoConfig
 
 from swarm.architectures import (
-    TESTED,
-    Architecture,
     architecture_of,
+    block_config,
     check_span,
     client_config,
     client_tensors,
-    num_blocks,
+    one_block_of_each_kind,
     span_config,
     span_tensors,
 )
-from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.data_structures import BlockSpan
 from swarm.errors import BadSpan, ModelNotFound, NotSupported
+from swarm.server.self_test import traits
 
-NUM_BLOCKS = 7
-#: Odd boundaries: families that alternate kinds of blocks must not get out of step.
 SPANS = [BlockSpan(start=0, end=1), BlockSpan(start=1, end=4), BlockSpan(start=4, end=NUM_BLOCKS)]
-#: Longer than the sliding windows below, so that a wrong kind of attention shows.
-NUM_TOKENS = 19
-
-FAMILY_SETTINGS = {
-    "cohere": {"logit_scale": 0.5},
-    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16, "_sliding_window_pattern": 3},
-    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 2.0},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
-    "smollm3": {"no_rope_layer_interval": 3},
-}
 
 
-def tiny_config(model_type, **settings):
-    return AutoConfig.for_model(
-        model_type,
-        **{
-            "vocab_size": 101,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": NUM_BLOCKS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 64,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "attn_implementation": "eager",
-            **FAMILY_SETTINGS.get(model_type, {}),
-            **settings,
-        },
-    )
+@pytest.mark.parametrize("variant", [variant for variant in variants(always=True) if variant != "gpt2/mistral"])
+def test_a_block_that_is_made_alone_is_as_in_the_whole_model(variant):
+    """Also where its kind follows from its number: experts, rotary embeddings, windows. The scores of
+    gpt2/mistral are scaled by the loader."""
+    config = tiny_config(variant)
+    architecture = architecture_of(config)
+    with torch.device("meta"):
+        whole = getattr(architecture.base_class(config), architecture.blocks)
+        for block in range(NUM_BLOCKS):
+            (alone,) = getattr(architecture.base_class(block_config(config, block)), architecture.blocks)
+            assert traits(alone) == traits(whole[block])
 
 
-def saved_model(config, folder):
-    """(a random model in evaluation mode, its checkpoint)"""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Norms that start as all ones (or zeros) would hide a norm that was not loaded.
-            parameter.normal_(mean=float(parameter.dim() == 1), std=0.1)
-    model.save_pretrained(folder)
-    return model, open_checkpoint(str(folder))
-
-
-def load(model_class, config, tensors):
-    """(a model loaded by the library's own loader, names of the missing tensors); an unexpected tensor fails."""
-    config._attn_implementation = "eager"
-    model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
-    assert not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
-    return model.eval(), set(info["missing_keys"])
-
-
-def load_span(architecture: Architecture, checkpoint: Checkpoint, span: BlockSpan) -> nn.Module:
-    names = span_tensors(architecture, checkpoint.tensor_names(), span)
-    tensors = {names[name]: tensor for name, tensor in checkpoint.read(names).items()}
-    model, missing = load(architecture.base_class, span_config(checkpoint.config, span), tensors)
-    assert {name.split(".")[0] for name in missing} <= {architecture.embeddings, architecture.norm}
-    assert len(getattr(model, architecture.blocks)) == len(span)
-    assert getattr(model, architecture.embeddings).weight.shape[0] == 1
-    setattr(model, architecture.norm, nn.Identity())
-    return model
-
-
-class SpansInTurn(nn.Module):
-    """What a client holds in place of the blocks."""
-
-    def __init__(self, spans):
-        super().__init__()
-        self.spans = spans
-
-    def forward(self, hidden_states, *args, **kwargs):
-        for span in self.spans:
-            hidden_states = span(inputs_embeds=hidden_states, use_cache=False).last_hidden_state
-        return hidden_states
-
-
-@pytest.mark.parametrize("model_type", sorted(TESTED))
-def test_chained_spans_give_the_logits_of_the_whole_model(model_type, tmp_path):
-    whole, checkpoint = saved_model(tiny_config(model_type), tmp_path)
-    architecture = architecture_of(checkpoint.config)
-    assert architecture.causal_class is type(whole)
-    assert architecture.base_class is type(whole.base_model)
-    assert num_blocks(checkpoint.config) == NUM_BLOCKS
-
-    names = client_tensors(architecture, checkpoint.tensor_names())
-    client, missing = load(architecture.causal_class, client_config(checkpoint.config), checkpoint.read(names))
-    assert not missing
-    client.config.num_hidden_layers = NUM_BLOCKS
-    spans = SpansInTurn([load_span(architecture, checkpoint, span) for span in SPANS])
-    setattr(client.base_model, architecture.blocks, nn.ModuleList([spans]))
-
-    input_ids = torch.randint(3, 101, (2, NUM_TOKENS))
-    with torch.inference_mode():
-        expected = whole(input_ids, use_cache=False).logits
-        actual = client(input_ids, use_cache=False).logits
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert expected.std() > 1e-3  # the model does compute something
+def test_a_block_of_each_kind():
+    assert one_block_of_each_kind(tiny_config("llama")) == [0]
+    assert one_block_of_each_kind(tiny_config("deepseek_v3")) == [0, 3]  # dense up to there
+    assert one_block_of_each_kind(tiny_config("qwen3_moe", mlp_only_layers=[])) == [0, 1]  # every other one
+    assert one_block_of_each_kind(tiny_config("qwen3_moe", mlp_only_layers=[3])) == [0, 1, 3]
+    assert one_block_of_each_kind(tiny_config("llama4_text")) == [0, 1, 3]  # experts, windows
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -181,9 +97,30 @@ def test_configurations_are_cut_from_copies():
     assert config.to_dict() == before
 
 
-def test_an_untested_family_is_refused():
-    with pytest.raises(NotSupported, match=r"'bloom'.*supported types: cohere, .*llama"):
-        architecture_of(AutoConfig.for_model("bloom"))
+def test_an_untested_family_is_tried():
+    assert not architecture_of(AutoConfig.for_model("diffllama")).is_tested
+    assert architecture_of(tiny_config("llama")).is_tested
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "recurrent_gemma", "qwen3_next", "minimax", "rwkv", "bamba"])
+def test_models_with_a_state_are_refused(model_type):
+    with pytest.raises(NotSupported, match=rf"^models of type '{model_type}' have blocks .*keep a state that"):
+        architecture_of(AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["t5", "gemma3", "llama4"])
+def test_models_that_are_not_only_language_models_are_refused(model_type):
+    with pytest.raises(NotSupported, match=rf"^models of type '{model_type}' are not plain causal language models"):
+        architecture_of(AutoConfig.for_model(model_type))
+
+
+def test_names_of_a_base_model_that_lies_deeper():
+    """Checkpoints may have been saved from any part of the model."""
+    architecture = architecture_of(tiny_config("opt"))
+    for prefix in ("model.decoder.", "decoder.", ""):
+        names = [f"{prefix}layers.3.fc1.weight", f"{prefix}embed_tokens.weight"]
+        assert span_tensors(architecture, names, BlockSpan(start=3, end=4)) == {names[0]: "layers.0.fc1.weight"}
+        assert client_tensors(architecture, names) == {names[1]}
 
 
 def test_a_checkpoint_quantised_already_is_refused():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from swarm.architectures import Architecture, num_blocks
+from swarm.architectures import Architecture, num_blocks, within_base
 from swarm.errors import AdapterError
 
 from ..base import BaseBlocks
@@ -33,7 +33,7 @@ def place_of(name: str, base: BaseBlocks, label: str) -> Place | None:
     Raises AdapterError for a block that the model has not.
     """
     architecture: Architecture = base.architecture
-    within = name.removeprefix(architecture.base_prefix)
+    within = within_base(architecture, name)
     match = re.fullmatch(rf"{re.escape(architecture.blocks)}\.(\d{{1,6}})\.(.+)", within)
     if match is None:
         return None

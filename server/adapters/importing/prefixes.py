@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from swarm.architectures import compresses, head_sizes
 from swarm.errors import AdapterError
 
 from ..base import BaseBlocks
@@ -14,13 +13,14 @@ from .building import FormsBuilder
 
 def attention_sizes(base: BaseBlocks) -> tuple[int, int]:
     """(kv_heads, head_dim) of this model."""
-    config: Any = base.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(heads), int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    sizes = head_sizes(base.config)
+    return sizes.kv_heads, sizes.key
 
 
 def set_prefix(by_block: torch.Tensor, base: BaseBlocks, builder: FormsBuilder, label: str) -> None:
     """by_block: [blocks of the span, 2 (keys, values), kv_heads, tokens, head_dim], float32."""
+    if compresses(base.config):
+        raise AdapterError(f"{label} has keys and values of its own, but this model's are compressed")
     _, _, heads, _, head_dim = by_block.shape
     wanted = attention_sizes(base)
     if (heads, head_dim) != wanted:
