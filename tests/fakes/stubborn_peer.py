@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from swarm.scripts import serving
+from swarm.scripts.leaving import end_with
 from swarm.scripts.logs import set_up_logging
 
 
@@ -48,4 +49,9 @@ class StubbornPeer:
 if __name__ == "__main__":
     serving.THREAD_GRACE = serving.LEAVE_GRACE = 0.2
     set_up_logging(False)
-    serving.run_until_stopped(lambda: serving.serve(StubbornPeer(sys.argv[1])), None)
+
+    def run() -> None:
+        serving.run_until_stopped(lambda: serving.serve(StubbornPeer(sys.argv[1])), None)
+        sys.exit(0)
+
+    end_with(run)
