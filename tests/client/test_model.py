@@ -376,19 +376,11 @@ def test_a_session_belongs_to_its_thread(model, fake_swarm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_inner_states_are_refused(model, name):
-    with pytest.raises(NotSupported, match=name):
-        model(tokens(1, 5), **{name: True})
-    with pytest.raises(NotSupported, match=name):
-        model.generate(tokens(1, 5), max_new_tokens=2, return_dict_in_generate=True, **{name: True})
-
-
-@torch.no_grad()
-def test_inner_states_are_refused_when_the_config_asks_for_them(model):
-    model.config.output_hidden_states = True
-    with pytest.raises(NotSupported, match="output_hidden_states"):
-        model(tokens(1, 5))
+def test_attentions_are_refused(model):
+    with pytest.raises(NotSupported, match="output_attentions"):
+        model(tokens(1, 5), output_attentions=True)
+    with pytest.raises(NotSupported, match="output_attentions"):
+        model.generate(tokens(1, 5), max_new_tokens=2, return_dict_in_generate=True, output_attentions=True)
 
 
 def test_gradients_through_a_session_are_refused(model):
