@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 
 from swarm.architectures import Architecture, architecture_of, client_config, client_tensors
 from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.devices import device_of
 from swarm.errors import NotSupported, UsageError
 from swarm.progress import QUIET, Progress
 from swarm.protocol import explain
@@ -139,6 +140,7 @@ def _connected_model(
 
     model_config: without blocks, too.
     """
+    device = device_of(config.device)
     connection = SwarmConnection(checkpoint, config)
     try:
         names = checkpoint.tensor_names()
@@ -151,7 +153,7 @@ def _connected_model(
                 None, config=model_config, state_dict=checkpoint.read(own_names, progress), dtype=dtype
             )
         local.name_or_path = checkpoint.source  # what tools such as peft load its configuration from
-        local.eval().requires_grad_(False)
+        local.eval().requires_grad_(False).to(device)
         local._connect(connection, architecture, remote_module_names(architecture, names))
         local.set_adapter(config.active_adapter)
     except BaseException:

@@ -261,7 +261,7 @@ def _flatten(
     if attention_mask is None:
         real = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=hidden_states.device)
         return real, hidden_states.reshape(-1, hidden_size)
-    real = new_columns(attention_mask, num_rows, cached + num_tokens, num_tokens)
+    real = new_columns(attention_mask, num_rows, cached + num_tokens, num_tokens).to(hidden_states.device)
     if not real.any():
         raise UsageError("the attention mask hides every new token")
     return real, hidden_states[real]
