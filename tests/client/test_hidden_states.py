@@ -1,5 +1,7 @@
 """Hidden states at every block: those of plain transformers, and others that a client puts in their place."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,31 @@ def test_a_session_with_states(model, plain, connection):
             model.generate(torch.cat([text, text], dim=1), output_hidden_states=True, **options)
         assert session.position == text.shape[1] + 3
     assert [part.sent[:8] for part in connection.sessions] == [[6, 1, 1, 1, 3, 1, 1, 1]] * 2
+
+
+@torch.no_grad()
+def test_hidden_states_have_the_adapters_of_their_rows(model):
+    ids = tokens(2, 5)
+    names = ["one", None]
+    ours = model(ids, adapter_names=names, output_hidden_states=True).hidden_states
+    expected = [
+        model(ids[row : row + 1], active_adapter=name, output_hidden_states=True) for row, name in enumerate(names)
+    ]
+    check_states(ours, [torch.cat(pair) for pair in zip(*(one.hidden_states for one in expected), strict=True)])
+    assert not torch.equal(ours[1][0], model(ids, output_hidden_states=True).hidden_states[1][0])
+    generated = model.generate(
+        ids, adapter_names=names, max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=[3]
+    )
+    torch.testing.assert_close(generated.hidden_states[0][3], ours[3])
+
+
+def test_calls_in_several_threads_keep_their_own_states(model):
+    prompts = [tokens(1, 3 + number, seed=number) for number in range(8)]
+    ask = torch.no_grad()(lambda ids: model(ids, output_hidden_states=[2, 5]).hidden_states)
+    expected = [ask(ids) for ids in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        for ours, theirs in zip(pool.map(ask, prompts), expected, strict=True):
+            check_states(ours, theirs)
 
 
 class Scaled(nn.Module):

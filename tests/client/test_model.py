@@ -186,6 +186,20 @@ def test_a_lost_server_does_not_change_the_tokens(model, plain, fake_swarm, conn
     assert set(connection.router.banned()) == {"B"}
 
 
+def test_a_lost_server_does_not_change_the_hidden_states(either_way, model, plain, fake_swarm, connection):
+    """Each part between two states has a session, and each of them survives on its own."""
+    ids = tokens(2, 6)
+    fake_swarm["B"].fail("step", PeerUnreachable("gone"), after=7)
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_hidden_states": [2, 4, 7]}
+    ours, theirs = (one.generate(ids, **options) for one in (model, plain))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        for number in (2, 4, 7):
+            assert_equal_logits(mine[number], other[number])
+    assert connection.banned == {"B"}
+    assert not any(server.sessions for server in fake_swarm.servers.values())
+
+
 def test_seeded_samples_and_several_sequences(model, plain, fake_swarm):
     ids = tokens(2, 5)
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 8, "top_k": 20, "temperature": 1.3}
