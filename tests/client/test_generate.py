@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AsyncTextIteratorStreamer,
     AutoTokenizer,
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
@@ -425,6 +426,8 @@ def test_a_generation_that_a_streamer_ended_leaves_no_session(model, connection)
         ({"cache_implementation": "offloaded"}, "servers keep keys and values"),
         ({"cache_implementation": "quantized"}, "servers keep keys and values"),
         ({"cache_implementation": "paged"}, "servers keep keys and values"),
+        ({"compile_config": CompileConfig()}, "servers keep keys and values"),
+        ({"speculation_type": "dflash"}, "draft with a small local assistant_model"),
         ({"assistant_early_exit": 4}, "draft with a small local assistant_model"),
         ({"use_mtp": True}, "no server has the extra blocks"),
         ({"is_assistant": True}, "drafts no faster than it answers"),
