@@ -132,10 +132,8 @@ class SwarmGenerationMixin:
         if cache is None:
             if generation_config.use_cache:
                 states = generation_config.output_hidden_states or self.config.output_hidden_states
-                drafted = (
-                    generation_config.prompt_lookup_num_tokens or 0
-                )  # tried also where the answer ends before them
-                length = max_cache_length + drafted
+                # Tokens of the prompt are tried also where the answer ends before them.
+                length = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
                 model_kwargs["past_key_values"] = self._open_cache(call, call.num_rows, length, states)
             return
         if not isinstance(cache, RemoteCache):
