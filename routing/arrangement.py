@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from swarm.data_structures import BlockSpan, ServerState
 
-from .cost import effective_throughput
+from .cost import counted_throughputs
 from .units import Booleans, Integers
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Arrangement:
         self.peer_ids = [record.peer_id for record in records]
         self.start: Integers = np.array([record.info.span.start for record in records], dtype=np.int64)
         self.length: Integers = np.array([len(record.info.span) for record in records], dtype=np.int64)
-        self.rate: Floats = np.array([effective_throughput(record.info) for record in records], dtype=np.float64)
+        self.rate: Floats = np.array(counted_throughputs([record.info for record in records]), dtype=np.float64)
         self.online = np.array([state is ServerState.ONLINE for state in states], dtype=bool)
         self.draining = np.array([state is ServerState.DRAINING for state in states], dtype=bool)
         self.num_moving = len(records) - int(self.online.sum())

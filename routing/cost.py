@@ -21,9 +21,11 @@ count as `IDLE_SHARE` of a row: they will be back.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from swarm.data_structures import DECODE_ROWS
+from swarm.data_structures import DECODE_ROWS, ServerState
 
 if TYPE_CHECKING:
     from swarm.data_structures import ServerInfo
@@ -87,6 +89,17 @@ def server_edge_time(one: ServerRecord, other: ServerRecord) -> float:
 def effective_throughput(server: ServerInfo) -> float:
     """Tokens/s to count on: what the server announces, at least `SLOWEST_THROUGHPUT`."""
     return max(server.throughput, SLOWEST_THROUGHPUT)
+
+
+def counted_throughputs(servers: Sequence[ServerInfo]) -> list[float]:
+    """Tokens/s to count on of each of these. A server that loads blocks and does not know yet how fast they will run
+    counts like the median of the others: as next to nothing it would look like a place where nobody is."""
+    known = [effective_throughput(one) for one in servers if one.throughput > 0]
+    usual = statistics.median(known) if known else SLOWEST_THROUGHPUT
+    return [
+        usual if one.throughput == 0 and one.state is ServerState.JOINING else effective_throughput(one)
+        for one in servers
+    ]
 
 
 def present_rows(server: ServerInfo) -> float:

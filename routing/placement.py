@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from swarm.data_structures import BlockSpan, ServerState
 from swarm.errors import BadSpan
 
-from .cost import effective_throughput
+from .cost import counted_throughputs
 
 if TYPE_CHECKING:
     from swarm.dht import ServerRecord
@@ -20,11 +20,12 @@ def block_throughputs(num_blocks: int, records: Iterable[ServerRecord]) -> list[
 
     Spans that lie outside the model are left out, as snapshots leave them out.
     """
+    present = (ServerState.ONLINE, ServerState.JOINING)
+    infos = [one.info for one in records if one.info.state in present and one.info.span.end <= num_blocks]
     holders: list[list[float]] = [[] for _ in range(num_blocks)]
-    for record in records:
-        if record.info.state in (ServerState.ONLINE, ServerState.JOINING) and record.info.span.end <= num_blocks:
-            for block in record.info.span.blocks():
-                holders[block].append(effective_throughput(record.info))
+    for info, throughput in zip(infos, counted_throughputs(infos), strict=True):
+        for block in info.span.blocks():
+            holders[block].append(throughput)
     # fsum does not depend on the order of the records: all servers see the same ties
     return [math.fsum(throughputs) for throughputs in holders]
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from swarm.data_structures import BlockSpan
+from swarm.progress import Progress
 from swarm.server import server as server_module
 from swarm.server.batch import RowChunk
 from swarm.server.engine import Engine
@@ -138,8 +139,8 @@ class BenchServer(Server):
         self._drop_rate = drop_rate
         self._seed = seed
 
-    def _load(self, span: BlockSpan) -> Loaded:
-        loaded = super()._load(span)
+    def _load(self, span: BlockSpan, progress: Progress) -> Loaded:
+        loaded = super()._load(span, progress)
         speed = self._slowness.applied_to(loaded.speed, len(span))
         return loaded._replace(span=SlowSpan(loaded.span, self._slowness), speed=speed)
 

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 import typer.core
@@ -18,6 +18,7 @@ import typer.main
 from swarm import __version__
 from swarm.errors import SwarmError, UsageError
 
+from .leaving import end_with
 from .logs import say_error
 from .options import spread_addresses
 
@@ -136,10 +137,15 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(report(lambda: app.main(args=given, prog_name="swarm")))
 
 
-def run_server_main() -> None:
+def swarm_command() -> NoReturn:
+    """The process of `swarm ARGS...`."""
+    end_with(main)
+
+
+def run_server_command() -> NoReturn:
     """`run-server ARGS...` is `swarm run-server ARGS...`."""
-    main(["run-server", *sys.argv[1:]])
+    end_with(lambda: main(["run-server", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
-    main()
+    swarm_command()

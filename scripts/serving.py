@@ -13,8 +13,6 @@ from typing import Any, Protocol
 
 from .logs import say, say_error
 
-_STDIN = "stdin"  # the name of the thread that watches it
-
 #: After the parent is gone, an orderly end may take this many seconds.
 ORPHAN_GRACE = 20.0
 
@@ -42,7 +40,7 @@ class StdinWatch:
         self._on_close: Callable[[], None] | None = None
         self._closed = False
         self._lock = threading.Lock()
-        threading.Thread(target=self._watch, name=_STDIN, daemon=True).start()
+        threading.Thread(target=self._watch, name="stdin", daemon=True).start()
 
     def on_close(self, action: Callable[[], None]) -> None:
         """Call `action` (from another thread) when it closes; at once if it did already."""
@@ -75,21 +73,15 @@ def run_until_stopped(make: Callable[[], Coroutine[Any, Any, None]], watch: Stdi
             loop.add_signal_handler(number, task.cancel)
         if watch is not None:
             watch.on_close(lambda: _ask_to_cancel(loop, task))
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)  # uvloop would leave its own behind, which does nothing any more
         return _end_after(THREAD_GRACE, lambda: os._exit(0))
 
     uvloop.run(main()).cancel()  # returns once the threads of its pool have ended
-    _end_beside_threads()
-
-
-def _end_beside_threads() -> None:
-    """End the process if other threads still work. They are daemons, which the interpreter's end would stop in the
-    middle of native code, and that aborts the process."""
-    if any(thread.name != _STDIN for thread in threading.enumerate() if thread is not threading.main_thread()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _end_after(seconds: float, end: Callable[[], None]) -> threading.Timer:

@@ -61,6 +61,8 @@ class Announcer:
         self._tasks: list[asyncio.Task[None]] = []
         self._announcing = Outage(logger, "announce this server")
         self._reading = Outage(logger, "read the list of servers")
+        self._turn = asyncio.Lock()
+        self._has_announced = False
 
     @property
     def next_pings(self) -> dict[str, float]:
@@ -78,17 +80,23 @@ class Announcer:
         self._touched.set()
 
     async def announce(self) -> None:
-        self._touched.clear()
-        try:
-            await self._directory.announce(self._model, self._info(), self._period * PERIODS_TO_LIVE)
-        finally:
-            self._announced.set()
+        """Announce now. Raises NetworkError."""
+        # One after the other: an older one that is stored anew would take the place of a newer one.
+        async with self._turn:
+            self._touched.clear()
+            self._has_announced = True
+            try:
+                await self._directory.announce(self._model, self._info(), self._period * PERIODS_TO_LIVE)
+            finally:
+                self._announced.set()
 
     async def stop(self) -> None:
-        """End the heartbeat and withdraw. `info()` must say OFFLINE by now."""
+        """End the heartbeat and withdraw what was announced, if anything. `info()` must say OFFLINE by now."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self._has_announced:
+            return
         try:
             await self.announce()
         except SwarmError as error:

@@ -24,6 +24,10 @@ from swarm.routing.rebalancing import Rebalancer, RebalancingPolicy, may_leave
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that others count on a server that loads. One that hangs would hide a hole, and in a small swarm nobody else
+#: could move. A server that fetches its first blocks for longer may find others there when it is done.
+LOADING_LIMIT = 1200.0
+
 
 class Movable(Protocol):
     """What a mover needs of its server."""
@@ -46,8 +50,8 @@ class Movable(Protocol):
         """
         ...
 
-    async def move(self, span: BlockSpan) -> None:
-        """Drain, and serve these blocks instead."""
+    async def move(self, span: BlockSpan) -> bool:
+        """Drain, and serve these blocks instead. False if they cannot be loaded, so that it serves the old ones."""
         ...
 
 
@@ -63,10 +67,12 @@ class Mover:
         self._rebalancer = Rebalancer(num_blocks, peer_id, policy)
         self._rng = random.Random()
         self._alarm = asyncio.Event()
+        self._loading_since: dict[str, float] = {}  # seconds on the monotonic clock, by peer
+        self._not_here: set[BlockSpan] = set()  # blocks that could not be loaded on this machine
 
     def look(self, records: Sequence[ServerRecord]) -> None:
         """These are the servers now. While blocks have none, one does not wait for the next check."""
-        if uncovered_blocks(self._num_blocks, records):
+        if uncovered_blocks(self._num_blocks, self._counted(records)):
             self._alarm.set()
 
     async def keep_checking(self) -> None:
@@ -84,8 +90,8 @@ class Mover:
             return
         started = time.monotonic()
         try:
-            span = await asyncio.to_thread(self._rebalancer.decide, await self._server.records())
-            if span is None:
+            span = await asyncio.to_thread(self._rebalancer.decide, await self._records())
+            if span is None or span in self._not_here:
                 return
             if await self._server.prepare(span):
                 # The old blocks were served meanwhile. Now others may be wanted, so this is decided anew, at once.
@@ -97,12 +103,25 @@ class Mover:
             logger.info("cannot decide whether to move: %s", error)
             span, leaves = None, False
         if span is not None and leaves:
-            await self._server.move(span)
+            if not await self._server.move(span):
+                # The swarm would send this server there again and again, and each time its sessions would be lost.
+                self._not_here.add(span)
         else:
             with contextlib.suppress(SwarmError):  # the heartbeat will tell
                 await self._server.announce(ServerState.ONLINE)
 
     async def _is_free_to_leave(self) -> bool:
         await asyncio.sleep(self._delay)
-        records = await self._server.records()
+        records = await self._records()
         return may_leave(self._num_blocks, records, self._peer_id, policy=self._policy)
+
+    async def _records(self) -> list[ServerRecord]:
+        return self._counted(await self._server.records())
+
+    def _counted(self, records: Sequence[ServerRecord]) -> list[ServerRecord]:
+        """Without those that have been loading for too long."""
+        now = time.monotonic()
+        loading = {record.peer_id for record in records if record.info.state is ServerState.JOINING}
+        self._loading_since = {peer_id: self._loading_since.get(peer_id, now) for peer_id in loading}
+        late = {peer_id for peer_id, since in self._loading_since.items() if now - since >= LOADING_LIMIT}
+        return [record for record in records if record.peer_id not in late]

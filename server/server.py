@@ -12,7 +12,7 @@ from swarm.architectures import architecture_of, span_tensors
 from swarm.data_structures import MAX_RELAYS, BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.devices import device_of
 from swarm.dht import Directory, ServerRecord
-from swarm.errors import EngineError, NetworkError, SwarmError
+from swarm.errors import EngineError, NetworkError
 from swarm.node import Node, NodeConfig
 from swarm.progress import QUIET, Progress, StoppableProgress
 from swarm.routing.placement import choose_span, keep_or_choose, makes_room, resume_span
@@ -61,6 +61,7 @@ class Server:
         self._hosting: Hosting | None = None
         self._mover: Mover | None = None
         self._moving: asyncio.Task[None] | None = None
+        self._resuming: asyncio.Task[None] | None = None
         self._pausing = asyncio.Lock()
         self._moving_failed = asyncio.Event()
         self._known_speed: Speed | None = None  # of the blocks that are loaded now
@@ -121,7 +122,7 @@ class Server:
             pass_timeout=config.pass_timeout,
             max_pass_tokens=config.max_pass_tokens,
         )
-        self.span = config.blocks or await self._choose_span()
+        self._take(config.blocks or await self._choose_span())
         await self._announcer.start()  # before loading, which may take longer than an announcement lives
         await self._handler.register(self.node.p2p)
         self.node.on_new_relays = self._announcer.touch
@@ -157,10 +158,10 @@ class Server:
         seen = {record.peer_id for record in others}
         former = resume_span(whole, num_wanted, others, await self._directory.own(self.model.fingerprint))
         if former is not None:
-            self.span = former
+            self._take(former)
             await self.announce(ServerState.JOINING)
             return former
-        self.span = choose_span(whole, num_wanted, others)
+        self._take(choose_span(whole, num_wanted, others))
         for _ in range(_MAX_CHOICES):
             await self.announce(ServerState.JOINING)
             if num_wanted == whole or not self.config.initial_peers:
@@ -170,19 +171,27 @@ class Server:
             span = keep_or_choose(whole, self.span, before_us)
             if span == self.span:
                 break
-            self.span = span
+            self._take(span)
         return self.span
+
+    def _take(self, span: BlockSpan) -> None:
+        """From now on this is what is announced, with the speed that so many blocks had here before."""
+        self.span = span
+        self._known_speed = self._setup.known_speed(span)
 
     async def _host(self, span: BlockSpan) -> None:
         """Load these blocks, and serve them from now on. Then none are served if it raises.
 
         Raises ModelNotFound, NotSupported, UsageError or AdapterError.
         """
-        self.span = span
-        self._known_speed = self._setup.known_speed(span)
+        self._take(span)
         await self._announce_quietly(ServerState.JOINING)
-        loaded = await in_daemon_thread(lambda: self._load(span))
-        await uninterrupted(self._open(loaded))
+        progress = StoppableProgress(self._progress)
+        try:
+            loaded = await in_daemon_thread(lambda: self._load(span, progress))
+        finally:
+            progress.stop()  # whoever does not wait for it any more does not want it
+        await self._open(loaded)
 
     async def _open(self, loaded: Loaded) -> None:
         assert self._announcer is not None
@@ -196,8 +205,8 @@ class Server:
         self._handler.open(self._hosting)
         await self._announce_quietly(ServerState.ONLINE)
 
-    def _load(self, span: BlockSpan) -> Loaded:
-        return load_blocks(self._setup, span, self._report, self._progress)
+    def _load(self, span: BlockSpan, progress: Progress) -> Loaded:
+        return load_blocks(self._setup, span, self._report, progress)
 
     async def _let_go(self) -> None:
         """Drain, and give the memory of the blocks back."""
@@ -208,7 +217,7 @@ class Server:
         if hosting is not None:
             await hosting.close()
             del hosting
-            await asyncio.to_thread(give_back, self._setup.device)
+        await asyncio.to_thread(give_back, self._setup.device)  # also of blocks that were loaded and never opened
 
     # --- moving and pausing ---
 
@@ -234,11 +243,13 @@ class Server:
         return self.config.blocks is not None or self.config.rebalance_period == 0
 
     async def _stop_moving(self) -> None:
+        """Neither move nor come back from a pause."""
         self._mover = None
-        if self._moving is not None:
-            self._moving.cancel()
-            await asyncio.gather(self._moving, return_exceptions=True)
-            self._moving = None
+        tasks = [task for task in (self._moving, self._resuming) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._moving = None
 
     async def prepare(self, span: BlockSpan) -> bool:
         """Fetch what these blocks need of a hub model, as far as it is not here. Whether anything was missing.
@@ -261,8 +272,8 @@ class Server:
         finally:
             progress.stop()  # whoever does not wait for it any more does not want it
 
-    async def move(self, span: BlockSpan) -> None:
-        """Drain, and serve these blocks instead. If they cannot be loaded, the old ones again.
+    async def move(self, span: BlockSpan) -> bool:
+        """Drain, and serve these blocks instead. If they cannot be loaded, the old ones again, and False is returned.
 
         Raises what loading raises when these cannot be loaded either.
         """
@@ -271,10 +282,11 @@ class Server:
         await uninterrupted(self._let_go())
         try:
             await self._host(span)
-        except (SwarmError, OSError, RuntimeError, MemoryError) as error:
-            logger.error("cannot load blocks %s, so going back to %s: %s", span, before, error)
+        except Exception as error:  # whatever a library raises over a damaged file or a full device
+            logger.error("cannot load blocks %s, so going back to %s: %r", span, before, error)
             await self._host(before)
         self._report(f"serving blocks {self.span}")
+        return self.span == span
 
     async def pause(self) -> None:
         """Let sessions move elsewhere, leave the swarm's list of servers, and give the memory back, until `resume`."""
@@ -292,15 +304,24 @@ class Server:
         Raises NetworkError or what loading raises; it is paused then as before.
         """
         async with self._pausing:
+            if self._stop.is_set():
+                raise NetworkError("this server ends, so it does not resume")
             if self.state is not ServerState.OFFLINE:
                 return
+            self._resuming = asyncio.create_task(self._come_back())
             try:
-                await self._host(self.config.blocks or await self._choose_span())
-            except BaseException:
-                await self._announce_quietly(ServerState.OFFLINE)
-                raise
-            self._start_moving()
-            self._report(f"serving blocks {self.span}")
+                await self._resuming
+            finally:
+                self._resuming = None
+
+    async def _come_back(self) -> None:
+        try:
+            await self._host(self.config.blocks or await self._choose_span())
+        except BaseException:
+            await self._announce_quietly(ServerState.OFFLINE)
+            raise
+        self._start_moving()
+        self._report(f"serving blocks {self.span}")
 
     def status(self) -> str:
         """In a word, for the owner: joining, online, draining or paused."""
@@ -368,6 +389,7 @@ class Server:
             await self._leave()
 
     async def _leave(self) -> None:
+        self._stop.set()  # nobody resumes it from here on
         await self._stop_moving()
         self.state = ServerState.OFFLINE
         if self._announcer is not None and not self.node.died.is_set():

@@ -52,7 +52,7 @@ class HubFiles:
     listing: Listing = field(default_factory=dict)
     _headers: dict[str, Header] = field(default_factory=dict)
     _asked: dict[str, RemoteFile] = field(default_factory=dict)
-    _here: dict[str, tuple[Path, set[str]]] = field(default_factory=dict)  # tensors that are known to be here
+    _here: dict[str, Path] = field(default_factory=dict)  # whole weight files
 
     def path(self, file: str) -> Path:
         with hub_errors(self.model, file):
@@ -84,8 +84,6 @@ class HubFiles:
         if ranges:
             save_listing(self.model, self.commit, {**self.listing, **self._asked})
             paths |= self._parts.fetch(ranges, progress)
-        for file, names in wanted.items():
-            self._here.setdefault(file, (paths[file], set()))[1].update(names)
         return paths
 
     def missing(self, wanted: Mapping[str, Collection[str]]) -> int:
@@ -96,11 +94,11 @@ class HubFiles:
         paths: dict[str, Path] = {}
         ranges: FileRanges = {}
         for file, names in wanted.items():
-            path, here = self._here.get(file, (None, set()))
-            if path is None or not here.issuperset(names):
+            path = self._here.get(file)
+            if path is None or not path.exists():
                 path = self._whole(file)
             if path is not None:
-                paths[file] = path
+                paths[file] = self._here[file] = path
                 continue
             header = self.header(file)
             if absent := sorted(set(names) - header.keys()):
@@ -175,12 +173,14 @@ def find_on_hub(model: str, revision: str | None, token: str | None) -> tuple[Hu
 
 def _downloaded(api: HfApi, model: str, revision: str | None, reason: HubUnreachable) -> tuple[HubFiles, set[str]]:
     """A hub model as far as it was downloaded before. Raises ModelNotFound if it never was."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         config = Path(api.hf_hub_download(model, "config.json", revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         cause = reason.__cause__ or reason
+        if isinstance(cause, HfHubHTTPError):  # it was reached, and said why not
+            raise ModelNotFound(f"{model} is no folder here; {reason}") from cause
         raise ModelNotFound(f"{model} is no folder here, and the hub cannot be reached: {first_line(cause)}") from cause
     logger.warning("%s; using what was downloaded of it before", reason)
     commit = config.parent.name

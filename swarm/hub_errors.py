@@ -50,8 +50,10 @@ def hub_errors(model: str, what: str | None) -> Iterator[None]:
         raise ModelNotFound(f"{model!r} is neither a folder here nor a valid hub id") from error
     except RemoteEntryNotFoundError as error:
         raise ModelNotFound(f"the hub model {model} has no file {what}") from error
-    except HfHubHTTPError as error:
-        reason = _REFUSALS.get(error.response.status_code) or f"hub says: {first_line(error)}"
-        raise HubUnreachable(f"cannot fetch {asked} of {model}: the {reason}") from error
     except Exception as error:  # which HTTP library's errors these are depends on the version of the hub library
+        # Of a file, the library says only that it could not be had; the hub's answer is the cause of that.
+        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(answer, HfHubHTTPError):
+            reason = _REFUSALS.get(answer.response.status_code) or f"hub says: {first_line(answer)}"
+            raise HubUnreachable(f"cannot fetch {asked} of {model}: the {reason}") from answer
         raise HubUnreachable(f"cannot fetch {asked} of {model} from the hub: {first_line(error)}") from error

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -82,23 +82,25 @@ class HubParts:
         Raises DownloadFailed; what has come until then is kept.
         """
         partials = {file: self._partial(file, remote) for file, (remote, _) in wanted.items()}
-        with self._disk_errors(), ExitStack() as stack:
-            pieces: list[Piece] = []
-            meter = _Meter(progress)
-            writers: dict[str, PartialWriter] = {}
-            for file in sorted(wanted):  # in one order for all processes, or two could wait for each other
+        with self._disk_errors():
+            planned: dict[str, int] = {}
+            for file, (_, ranges) in wanted.items():
+                absent = _to_fetch(ranges, partials[file].parts())
+                if absent or partials[file].wants_check:
+                    planned[file] = nbytes(absent)
+            meter = _Meter(progress, sum(planned.values()))
+            # One file after the other: whoever waits for another process sees that it makes progress with this file.
+            for file in sorted(planned):
                 remote, ranges = wanted[file]
-                if missing(ranges, partials[file].parts()):
-                    writer = writers[file] = stack.enter_context(self._locked(partials[file], file, meter.tick))
-                    pieces += self._pieces(file, remote, ranges, writer, meter)
-            meter.total = nbytes(piece.range for piece in pieces)
-            if pieces:
-                self._check_room(meter.total)
-                meter.tick()
-                download(pieces, self.headers)
-            for file, writer in writers.items():
-                writer.record()
-                self._check_whole(file, wanted[file][0], writer)
+                with self._locked(partials[file], file, meter.wait) as writer:
+                    pieces = self._pieces(file, remote, ranges, writer, meter)
+                    meter.expect(nbytes(piece.range for piece in pieces), planned[file])
+                    if pieces:
+                        self._check_room(meter.left)
+                        meter.tick()
+                        download(pieces, self.headers)
+                        writer.record()
+                    self._check_whole(file, remote, writer)
         return {file: partial.path for file, partial in partials.items()}
 
     def missing(self, wanted: FileRanges) -> int:
@@ -121,11 +123,9 @@ class HubParts:
             with self._disk_errors():
                 writer.record()
 
-        absent = missing(ranges, writer.file.parts())
-        spans = bridged(absent, int(nbytes(absent) * _SLACK))
         return [
             Piece(self.model, file, self.url(file), remote.size, piece, write, done)
-            for piece in cut(spans, REQUEST_BYTES)
+            for piece in cut(_to_fetch(ranges, writer.file.parts()), REQUEST_BYTES)
         ]
 
     def _bytes(self, file: str, remote: RemoteFile, wanted: ByteRange) -> bytes:
@@ -143,7 +143,7 @@ class HubParts:
 
     def _check_whole(self, file: str, remote: RemoteFile, writer: PartialWriter) -> None:
         """A file of which every part is here: are they the right ones? Raises DownloadFailed."""
-        if writer.file.checked or writer.file.parts() != [(0, remote.size)]:
+        if not writer.file.wants_check:
             return
         if writer.sha256() == remote.sha256:
             writer.mark_checked()
@@ -187,28 +187,52 @@ class HubParts:
 class _Meter:
     """Counts what comes and tells of it, not too often."""
 
-    def __init__(self, progress: Progress):
-        self.total = 0
+    def __init__(self, progress: Progress, total: int):
+        self._total = total
         self._progress = progress
         self._done = 0
         self._told = float("-inf")
         self._lock = threading.Lock()
 
+    @property
+    def left(self) -> int:
+        with self._lock:
+            return self._total - self._done
+
+    def expect(self, count: int, planned: int) -> None:
+        """So many bytes of a file are fetched, where so many were planned: the rest has come by another process."""
+        if count != planned:
+            with self._lock:
+                self._done += max(0, planned - count)
+                self._total += max(0, count - planned)
+                self._tell(self._total, final=self._done >= self._total)
+
     def add(self, count: int) -> None:
         with self._lock:
             self._done += count
-            self._tell(final=self._done >= self.total)
+            self._tell(self._total, final=self._done >= self._total)
 
     def tick(self) -> None:
         """Nothing came, but this may be the moment to end."""
         with self._lock:
-            self._tell()
+            self._tell(self._total)
 
-    def _tell(self, *, final: bool = False) -> None:
+    def wait(self) -> None:
+        """The same while another process fetches."""
+        with self._lock:
+            self._tell(0)
+
+    def _tell(self, total: int, *, final: bool = False) -> None:
         now = time.monotonic()
         if final or now - self._told >= _REPORT_PERIOD:
             self._told = now
-            self._progress.fetched(self._done, self.total)
+            self._progress.fetched(self._done, total)
+
+
+def _to_fetch(wanted: Sequence[ByteRange], present: Sequence[ByteRange]) -> list[ByteRange]:
+    """What is missing, with small gaps filled."""
+    absent = missing(wanted, present)
+    return bridged(absent, int(nbytes(absent) * _SLACK))
 
 
 def tensor_ranges(header: Header, names: Collection[str]) -> list[ByteRange]:

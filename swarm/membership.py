@@ -47,8 +47,12 @@ class SwarmKey:
             ) from error
         except OSError as error:
             raise UsageError(f"swarm key file {path} cannot be made: {error.strerror}") from error
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{_HEADING}\n{key.secret.hex()}\n")
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(f"{_HEADING}\n{key.secret.hex()}\n")
+        except OSError as error:
+            path.unlink(missing_ok=True)  # half a key is none
+            raise UsageError(f"swarm key file {path} cannot be written: {error.strerror}") from error
         return key
 
     @classmethod

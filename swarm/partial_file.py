@@ -58,6 +58,11 @@ class PartialFile:
             return _CHECKED in self._list.read_text()
         return False
 
+    @property
+    def wants_check(self) -> bool:
+        """Whether the whole file is here and its sha256 was not looked at."""
+        return self.parts() == [(0, self.size)] and not self.checked
+
     def lock(self, patience: float, waiting: Callable[[], None] = lambda: None) -> PartialWriter:
         """To write to it. Waits as long as another process makes progress with it.
 

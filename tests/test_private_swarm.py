@@ -29,7 +29,8 @@ from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.errors import JoinFailed, PeerRefused
 from swarm.membership import SwarmKey
-from swarm.node import Node, NodeConfig, NodeThread
+from swarm.node import Node, NodeConfig
+from swarm.node_thread import NodeThread
 from swarm.passes import PASS_STREAM, PassRequest
 from swarm.protocol import (
     INFERENCE_STREAM,

@@ -66,8 +66,8 @@ def test_the_wheel_names_both_commands(wheel: Path) -> None:
         entry_points = configparser.ConfigParser()
         entry_points.read_string(archive.read(name).decode())
     assert dict(entry_points["console_scripts"]) == {
-        "swarm": "swarm.scripts.main:main",
-        "run-server": "swarm.scripts.main:run_server_main",
+        "swarm": "swarm.scripts.main:swarm_command",
+        "run-server": "swarm.scripts.main:run_server_command",
     }
 
 

@@ -50,6 +50,7 @@ class FakeHub:
         self.hashes_known = True
         self.token: str | None = None
         self.refusal = (401, "GatedRepo")
+        self.lists_for_all = True
         self.troubles: list[int | tuple[str, int] | None] = []
         self.headers: dict[str, str] = {}
         self.serves_ranges = True
@@ -163,6 +164,8 @@ class _Hub(_Handler):
         self.note()
         parts = urlsplit(self.path).path.strip("/").split("/")
         if parts[:4] == ["api", "models", *MODEL.split("/")]:
+            if not self.hub.lists_for_all and not self.has_token():
+                return self.refuse(*self.hub.refusal)
             if parts[4:] in ([], ["revision", "main"], ["revision", COMMIT]):
                 blobs = "blobs" in parse_qs(urlsplit(self.path).query, keep_blank_values=True)
                 contents = json.dumps(self.listing(blobs)).encode()
@@ -171,6 +174,9 @@ class _Hub(_Handler):
         if parts[:3] == [*MODEL.split("/"), "resolve"] and len(parts) == 5:
             return self.file(parts[4])
         return self.refuse(404, "RepoNotFound")
+
+    def has_token(self) -> bool:
+        return self.hub.token is None or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
 
     def listing(self, blobs: bool) -> dict[str, Any]:
         siblings: list[dict[str, Any]] = []
@@ -183,7 +189,7 @@ class _Hub(_Handler):
         return {"id": MODEL, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
 
     def file(self, name: str) -> None:
-        if self.hub.token is not None and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        if not self.has_token():
             return self.refuse(*self.hub.refusal)
         if name not in self.hub.files:
             return self.refuse(404, "EntryNotFound", **{"X-Repo-Commit": COMMIT})

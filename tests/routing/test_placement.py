@@ -209,3 +209,13 @@ def test_blocks_that_only_leaving_servers_hold_are_uncovered():
         record("D", 4, 9),  # of another model, by its length
     ]
     assert uncovered_blocks(6, records) == [2]
+
+
+def test_who_loads_and_does_not_know_his_speed_counts_like_the_others():
+    """Servers that start together would else all go where only loading ones are."""
+    online = record("A", 0, 4, throughput=30.0)
+    joining = record("B", 4, 8, throughput=0.0, state=ServerState.JOINING)
+    assert choose_span(8, 4, [online]) == BlockSpan(start=4, end=8)
+    assert choose_span(8, 4, [online, joining]) == BlockSpan(start=0, end=4)
+    assert block_throughputs(8, [online, joining]) == [30.0] * 8
+    assert block_throughputs(8, [joining]) == [0.0] * 4 + [0.1] * 4

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from swarm.data_structures import AdapterInfo, BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
-from swarm.node import NodeConfig, NodeThread
+from swarm.node import NodeConfig
+from swarm.node_thread import NodeThread
 from swarm.protocol import BlockProtocol
 from swarm.scripts.health_summary import ModelHealth, summarize
 from swarm.scripts.list_models import print_table, to_json

@@ -20,7 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 from swarm import AutoSwarmModelForCausalLM
 from swarm.checkpoint import open_checkpoint
 from swarm.dht import Directory
-from swarm.node import NodeConfig, NodeThread
+from swarm.node import NodeConfig
+from swarm.node_thread import NodeThread
 from swarm.scripts.local_swarm import LocalSwarm, ServerProcess
 
 PATIENCE = 120.0  # seconds, for machines that are busy with other tests

@@ -130,3 +130,41 @@ async def test_an_outage_is_logged_once_and_its_end_too(monkeypatch, caplog):
     assert caplog.text.count("can read the list of servers again") == 1
     assert all(not task.done() for task in world.announcer._tasks)
     await world.announcer.stop()
+
+
+async def test_announcements_go_out_one_after_the_other():
+    """An older one that is slow to be stored, and stored anew, would take the place of a newer one."""
+    state, stored, stuck = ServerState.ONLINE, [], asyncio.Event()
+
+    async def announce(model, info, ttl):
+        if info.state is ServerState.ONLINE:
+            await stuck.wait()
+        stored.append(info.state)
+
+    announcer = Announcer(
+        SimpleNamespace(p2p=None, peer_id="me", complaints=None),
+        ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12),
+        lambda: info(0, 4).model_copy(update={"state": state}),
+        20.0,
+    )
+    announcer._directory = SimpleNamespace(announce=announce)
+    heartbeat = asyncio.create_task(announcer.announce())
+    await asyncio.sleep(0)
+    state = ServerState.DRAINING
+    news = asyncio.create_task(announcer.announce())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert stored == []
+    stuck.set()
+    await asyncio.gather(heartbeat, news)
+    assert stored == [ServerState.ONLINE, ServerState.DRAINING]
+
+
+async def test_what_was_never_announced_is_not_withdrawn():
+    announcer = Announcer(
+        SimpleNamespace(p2p=None, peer_id="me", complaints=None),
+        ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12),
+        lambda: pytest.fail("there is nothing to say yet"),
+        20.0,
+    )
+    await announcer.stop()

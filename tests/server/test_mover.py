@@ -49,6 +49,7 @@ class FakeServer:
         self.board, self.peer_id = board, peer_id
         self.before_announcing = 0.0
         self.failure = None
+        self.can_load = True
         self.fetches = None  # what happens while the weights of the blocks it moves to are fetched
         self.mover = Mover(self, NUM_BLOCKS, peer_id, policy, DELAY)
 
@@ -76,8 +77,9 @@ class FakeServer:
     async def move(self, span):
         if self.failure is not None:
             raise self.failure
-        self.board.set(self.peer_id, span=span, state=ONLINE)
         self.board.log.append((self.peer_id, str(span)))
+        self.board.set(self.peer_id, state=ONLINE, **({"span": span} if self.can_load else {}))
+        return self.can_load
 
 
 @pytest.fixture
@@ -201,6 +203,22 @@ async def test_a_hole_is_not_waited_out(board):
     running.cancel()
 
 
+async def test_who_loads_for_ever_hides_no_hole(board, monkeypatch):
+    """In a small swarm nobody else may move while he is on his way."""
+    spare = board.add("A", 0, 4)
+    board.add("B", 0, 4, fixed=True)
+    board.add("C", 4, 8, state=JOINING, throughput=0.0)
+    spare.mover.look(await spare.records())
+    assert not spare.mover._alarm.is_set()
+    await spare.mover.check()
+    assert board.spans()["A"] == (0, 4)
+    monkeypatch.setattr("swarm.server.mover.LOADING_LIMIT", 0.0)
+    spare.mover.look(await spare.records())
+    assert spare.mover._alarm.is_set()
+    await spare.mover.check()
+    assert board.spans()["A"] == (4, 8)
+
+
 async def test_no_hole_no_hurry(board):
     spare = board.add("A", 0, 4, policy=RebalancingPolicy(check_period=36_000.0))
     board.add("B", 4, 8, fixed=True)
@@ -217,3 +235,13 @@ async def test_a_move_that_fails_for_good_ends_the_server(board):
     spare.mover.look(await spare.records())
     with pytest.raises(ModelNotFound, match="the disk is gone"):
         await spare.mover.keep_checking()
+
+
+async def test_blocks_that_cannot_be_loaded_are_not_tried_again(board):
+    """Each attempt costs the sessions of the blocks that it serves."""
+    spare, _ = board.add("A", 0, 4), board.add("B", 0, 4, fixed=True)
+    spare.can_load = False
+    await spare.mover.check()
+    await spare.mover.check()
+    assert [what for _, what in board.log] == [DRAINING, "4:8"]
+    assert (board.spans()["A"], spare.state) == ((0, 4), ONLINE)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
-from swarm.errors import EngineError, ModelNotFound, UsageError
+from swarm.errors import EngineError, ModelNotFound, NetworkError, UsageError
+from swarm.progress import Progress, Stopped
 from swarm.server.config import ServerConfig
 from swarm.server.hosting import Loaded
 from swarm.server.server import Server
@@ -60,6 +61,45 @@ async def test_memory_that_adapters_do_not_leave(tiny_llama_folder: Path) -> Non
         await Server(config).start()
 
 
+async def test_a_server_that_cannot_read_who_serves_what_says_so_and_leaves(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no blocks yet, so there is nothing to withdraw."""
+    server = Server(
+        ServerConfig(model=str(tiny_llama_folder), host_maddrs=("/ip4/127.0.0.1/tcp/0",), num_blocks=4, threads=1)
+    )
+
+    async def no_answer() -> list[Any]:
+        raise NetworkError("nobody answers")
+
+    monkeypatch.setattr(server, "records", no_answer)
+    with pytest.raises(NetworkError, match="nobody answers"):
+        await server.start()
+    assert server.node._stopped is not None
+
+
+async def test_a_server_can_be_stopped_while_it_waits_for_adapters(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes from the hub may take an hour."""
+    reached = asyncio.Event()
+
+    async def for_ever(*args: Any) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("swarm.server.hosting.register_all", for_ever)
+    server = Server(
+        ServerConfig(model=str(tiny_llama_folder), host_maddrs=("/ip4/127.0.0.1/tcp/0",), cache_tokens=64, threads=1)
+    )
+    starting = asyncio.create_task(server.start())
+    await reached.wait()
+    starting.cancel()
+    await asyncio.wait([starting], timeout=60)
+    assert starting.cancelled()
+    assert server.node._stopped is not None
+
+
 @pytest.fixture
 async def server(tiny_llama_folder: Path) -> AsyncIterator[Server]:
     """Of four blocks that it chose itself, in a swarm of its own."""
@@ -100,7 +140,7 @@ async def test_a_paused_server_holds_no_blocks_and_is_in_no_list(server: Server)
 async def test_a_server_that_moves_serves_its_new_blocks(server: Server) -> None:
     assert server._hosting is not None
     old = weakref.ref(server._hosting.engine.span)
-    await server.move(BlockSpan(start=3, end=7))
+    assert await server.move(BlockSpan(start=3, end=7))
     assert old() is None
     assert await announced(server) == [(ServerState.ONLINE, "3:7")]
     assert str(server._handler.engine.span.blocks) == "3:7"
@@ -113,9 +153,9 @@ async def test_while_it_loads_a_server_announces_how_fast_it_will_be(
     assert server._hosting is not None
     speed, load, seen = server._hosting.speed, server._load, list[ServerInfo]()
 
-    def watched(span: BlockSpan) -> Loaded:
+    def watched(span: BlockSpan, progress: Progress) -> Loaded:
         seen.append(server._info())
-        return load(span)
+        return load(span, progress)
 
     monkeypatch.setattr(server, "_load", watched)
     await server.move(BlockSpan(start=3, end=7))
@@ -128,16 +168,16 @@ async def test_a_server_that_cannot_load_other_blocks_goes_back(
 ) -> None:
     load = server._load
 
-    def fail(span: BlockSpan) -> Loaded:
+    def fail(span: BlockSpan, progress: Progress) -> Loaded:
         if span.start == 4:
             raise ModelNotFound("the disk is gone")
-        return load(span)
+        return load(span, progress)
 
     monkeypatch.setattr(server, "_load", fail)
-    await server.move(BlockSpan(start=4, end=8))
+    assert not await server.move(BlockSpan(start=4, end=8))
     assert await announced(server) == [(ServerState.ONLINE, "0:4")]
 
-    monkeypatch.setattr(server, "_load", lambda span: fail(BlockSpan(start=4, end=8)))
+    monkeypatch.setattr(server, "_load", lambda span, progress: fail(BlockSpan(start=4, end=8), progress))
     await server.pause()
     with pytest.raises(ModelNotFound):
         await server.resume()
@@ -158,7 +198,7 @@ async def test_a_server_that_can_load_nothing_any_more_ends(tiny_llama_folder: P
     async def decide() -> None:
         await server.move(BlockSpan(start=4, end=8))
 
-    def fail(span: BlockSpan) -> Loaded:
+    def fail(span: BlockSpan, progress: Progress) -> Loaded:
         raise ModelNotFound("the disk is gone")
 
     server._mover.check, server._load = decide, fail  # type: ignore[method-assign]
@@ -203,3 +243,51 @@ async def test_a_pause_in_the_middle_of_a_move_loses_nothing(server: Server, mon
         assert not spans
         await server.resume()
         assert [state for state, _ in await announced(server)] == [ServerState.ONLINE]
+
+
+async def test_a_load_that_nobody_waits_for_any_more_ends(server: Server) -> None:
+    """Else a paused server would go on fetching and taking memory, and load twice once it resumes."""
+    loading, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Watched(Progress):
+        def loaded(self, done: int, total: int) -> None:
+            loading.set()
+            go_on.wait(60)
+
+    load = server._load
+
+    def watched(span: BlockSpan, progress: Progress) -> Loaded:
+        try:
+            return load(span, progress)
+        except Stopped:
+            ended.set()
+            raise
+
+    server._progress, server._load = Watched(), watched  # type: ignore[method-assign]
+    moving = asyncio.create_task(server.move(BlockSpan(start=3, end=7)))
+    assert await asyncio.to_thread(loading.wait, 60)
+    moving.cancel()
+    await asyncio.wait([moving])
+    go_on.set()
+    assert await asyncio.to_thread(ended.wait, 60)
+
+
+async def test_a_server_that_is_told_to_end_does_not_come_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner resumes it at the same moment: nobody may read of a server that is gone."""
+    await server.pause()
+    reached = asyncio.Event()
+
+    async def choose() -> BlockSpan:
+        reached.set()
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    monkeypatch.setattr(server, "_choose_span", choose)
+    resuming = asyncio.create_task(server.resume())
+    await reached.wait()
+    server.stop()
+    await server.serve_until_stopped()
+    await asyncio.wait([resuming], timeout=60)
+    assert resuming.done() and (resuming.cancelled() or resuming.exception() is not None)
+    assert server.state is ServerState.OFFLINE
+    with pytest.raises(NetworkError, match="ends"):
+        await server.resume()

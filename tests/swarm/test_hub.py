@@ -91,6 +91,17 @@ def test_a_hub_that_cannot_be_reached(no_hub):
     assert refusal("org/tiny").startswith("org/tiny is no folder here, and the hub cannot be reached")
 
 
+@pytest.mark.parametrize("lists_for_all", [True, False])
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(401, "the hub does not accept your token: log in anew"), (403, "give your token the right")],
+)
+def test_a_hub_that_refuses_the_first_question_says_what_to_do(folder, use_hub, status, expected, lists_for_all):
+    hub = use_hub(folder)
+    hub.token, hub.refusal, hub.lists_for_all = "hf_right", (status, ""), lists_for_all
+    assert expected in refusal("org/tiny", token="hf_wrong")
+
+
 def test_a_hub_model_without_safetensors(folder, use_hub):
     hub = use_hub(folder)
     hub.files["pytorch_model.bin"] = hub.files.pop(SINGLE)

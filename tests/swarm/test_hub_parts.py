@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -185,6 +186,24 @@ def test_a_whole_file_is_checked_once(folder, use_hub, monkeypatch):
     open_checkpoint("org/tiny").fetch(checkpoint.tensor_names())
 
 
+def test_a_whole_file_that_was_not_checked_is_checked_the_next_time(folder, use_hub, monkeypatch):
+    """The process was ended while it hashed the file."""
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "swarm.partial_file.PartialWriter.sha256", lambda writer: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.fetch(checkpoint.tensor_names())
+    partial = parts_of(hub.files[SINGLE])
+    assert checkpoint.missing(checkpoint.tensor_names()) == 0 and not partial.checked
+    before = hub.sent()
+    checkpoint.fetch(block(1))
+    assert partial.checked
+    assert hub.sent() == before
+
+
 def test_a_whole_file_that_is_damaged_is_removed(folder, use_hub):
     hub = use_hub(folder)
     checkpoint = open_checkpoint("org/tiny")
@@ -207,6 +226,28 @@ def test_a_file_that_lost_its_end_is_fetched_anew(folder, use_hub, spoil):
     open_checkpoint("org/tiny").fetch(block(1))
     spoil(parts_of(hub.files[SINGLE]).path)
     assert_equal(open_checkpoint("org/tiny").read(block(1)), open_checkpoint(str(folder)).read(block(1)))
+
+
+def test_what_was_removed_meanwhile_is_fetched_anew(folder, use_hub):
+    """While a server was paused, say."""
+    use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(block(1))
+    shutil.rmtree(cache_folder())
+    assert checkpoint.missing(block(1)) > 0
+    for _ in range(2):
+        assert_equal(checkpoint.read(block(1)), open_checkpoint(str(folder)).read(block(1)))
+
+
+def test_what_another_process_discarded_is_fetched_anew(folder, use_hub):
+    """It found the file damaged, and began anew with parts of its own. What is not there reads as zeros."""
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(block(1))
+    with parts_of(hub.files[SINGLE]).lock(1.0) as other:
+        other.discard()
+    open_checkpoint("org/tiny").fetch(block(2))
+    assert_equal(checkpoint.read(block(1)), open_checkpoint(str(folder)).read(block(1)))
 
 
 def test_a_full_disk(folder, use_hub, monkeypatch):
@@ -252,6 +293,52 @@ def test_another_process_that_hangs(folder, use_hub, monkeypatch):
     ):
         checkpoint.fetch(block(2))
     checkpoint.fetch(block(2))
+
+
+def test_no_file_is_held_while_others_are_fetched(sharded, use_hub):
+    """Other processes that wait for it would see no progress, and give up in the end."""
+    use_hub(sharded)
+    held: list[int] = []
+
+    class Told(Progress):
+        def fetched(self, done: int, total: int) -> None:
+            lists = (cache_folder() / "hub" / "org--tiny").glob("*.parts")
+            held.append(sum(map(_is_locked, lists)))
+
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(checkpoint.tensor_names(), Told())
+    assert held and max(held) == 1
+
+
+def _is_locked(path):
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_what_another_process_fetched_meanwhile_is_not_fetched_again(folder, use_hub):
+    hub = use_hub(folder)
+    checkpoint = open_checkpoint("org/tiny")
+    checkpoint.fetch(block(1))
+    told: list[tuple[int, int]] = []
+    other = parts_of(hub.files[SINGLE]).lock(1.0)
+
+    class Told(Progress):
+        def fetched(self, done: int, total: int) -> None:
+            told.append((done, total))
+            if len(told) == 1:
+                for entry in (checkpoint._files.header(SINGLE)[name] for name in block(2)):
+                    other.write(entry.start, hub.files[SINGLE][entry.start : entry.end])
+                other.close()
+
+    before = hub.sent()
+    checkpoint.fetch(block(2), Told())
+    assert hub.sent() == before
+    assert told[0] == (0, 0)  # it waits
+    assert told[-1] == (checkpoint.nbytes(block(2)),) * 2  # it has come all the same
 
 
 def test_a_cache_that_cannot_be_written(folder, use_hub, monkeypatch):
