@@ -26,6 +26,9 @@ class ClientConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the client's embeddings and head, and of what it sends. "auto": as stored in the checkpoint."""
 
+    device: str = "cpu"
+    """Of the client's embeddings and head: "cpu", "cuda" or "cuda:N". What travels is copied from and to it."""
+
     active_adapter: AdapterName | None = None
     """Of rows of which a call says nothing else; `model.set_adapter` changes it. None: the base model alone."""
 

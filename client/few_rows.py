@@ -27,7 +27,7 @@ class FewRowsLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         needs_grad = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if input.numel() > MAX_ROWS * self.in_features or needs_grad:
+        if input.numel() > MAX_ROWS * self.in_features or needs_grad or not _is_suitable(self):
             return super().forward(input)
         return blockwise_linear(input, self.weight, self.bias)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -56,12 +56,26 @@ class BlocksWithModules(nn.Module):
         modules = {**self._modules_by_block(), block: module}
         self.inserted = nn.ModuleDict({str(block): modules[block] for block in sorted(modules)})
 
-    def open_session(self, num_rows: int, max_length: int, adapters: RowAdapters | None = None) -> SplitSession:
-        """One cache for all blocks. adapters: of its rows. Raises what opening a session raises."""
+    def remove_after(self, block: int) -> nn.Module:
+        """Take away the module that stands there, and return it. Raises UsageError where none does."""
+        modules = self._modules_by_block()
+        if block not in modules:
+            raise UsageError(f"no module stands after block {block}")
+        removed = modules.pop(block)
+        self.inserted = nn.ModuleDict({str(left): module for left, module in modules.items()})
+        return removed
+
+    def open_session(
+        self, num_rows: int, max_length: int, adapters: RowAdapters | None = None, states: Collection[int] = ()
+    ) -> SplitSession:
+        """One cache for all blocks; see `RemoteBlocks.open_session`. Raises what opening a session raises."""
         with ExitStack() as opened:
-            parts = [opened.enter_context(run.open_session(num_rows, max_length, adapters)) for run, _ in self._runs()]
+            parts = []
+            for run, _ in self._runs():
+                parts.append(run.open_session(num_rows, max_length, adapters, states))
+                opened.callback(parts[-1].close)
             opened.pop_all()
-        return SplitSession(parts)
+        return SplitSession(parts, tuple(self._modules_by_block()))
 
     def forward(
         self, hidden_states: torch.Tensor, past_key_values: RemoteCache | None = None, **arguments: Any
@@ -70,14 +84,22 @@ class BlocksWithModules(nn.Module):
         runs = self._runs()
         if past_key_values is None:
             for run, module in runs:
-                hidden_states = _call(module, run(hidden_states, **arguments))
+                hidden_states = self._call(module, run, run(hidden_states, **arguments))
             return hidden_states
         session = self._session_of(past_key_values)
         num_tokens = hidden_states.shape[1]
         session.begin_step()
         for (run, module), part in zip(runs, session.parts, strict=True):
-            hidden_states = _call(module, run(hidden_states, past_key_values=part.cache, **arguments))
+            hidden_states = self._call(module, run, run(hidden_states, past_key_values=part.cache, **arguments))
         session.end_step(num_tokens)
+        return hidden_states
+
+    def _call(self, module: nn.Module | None, run: RemoteBlocks, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`module` on what `run` put out; its output takes the place of that, also among the states that are kept."""
+        recorder = self.remote.recorder
+        with recorder.paused():
+            hidden_states = _call(module, hidden_states)
+        recorder.passes(run.span.end, hidden_states)
         return hidden_states
 
     def _modules_by_block(self) -> dict[int, nn.Module]:
@@ -98,9 +120,13 @@ class BlocksWithModules(nn.Module):
             refuse_local_cache(cache)
         session = cache.session
         spans = [run.span for run, _ in self._runs()]
-        if not isinstance(session, SplitSession) or [part.span for part in session.parts] != spans:
+        if (
+            not isinstance(session, SplitSession)
+            or session.modules_after != tuple(self._modules_by_block())
+            or [part.span for part in session.parts] != spans
+        ):
             raise UsageError(
-                "this session was opened for other blocks, or before a module was inserted: open a new one"
+                "this session was opened for other blocks, or before a module was inserted or removed: open a new one"
             )
         return session
 

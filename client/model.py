@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig, P
 
 from swarm.architectures import Architecture, architecture_of, client_config, client_tensors, untested_refusal
 from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.devices import device_of
 from swarm.errors import ModelNotFound, NotSupported, UsageError
 from swarm.progress import QUIET, Progress
 from swarm.protocol import explain
@@ -144,6 +145,7 @@ def _connected_model(
 
     model_config: without blocks, too.
     """
+    device = device_of(config.device)
     connection = SwarmConnection(checkpoint, config)
     try:
         names = checkpoint.tensor_names()
@@ -171,6 +173,7 @@ def _connected_model(
             check_untested(local, architecture)
         # Not before: renamings of a checkpoint's tensors are found by the name of the class.
         local.__class__ = swarm_model_class(model_class)
+        local.to(device)
         local.name_or_path = checkpoint.source  # what tools such as peft load its configuration from
         local._connect(connection, architecture, remote_module_names(architecture, names))
         local.set_adapter(config.active_adapter)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +19,7 @@ from swarm.protocol import RowAdapters, RowSlice, row_adapters
 
 from .adapters import NOT_GIVEN, Adapters, read_choice
 from .cache import RemoteCache
+from .hidden_states import Recorder, cuts_within
 from .inference_session import InferenceSession
 from .peft_targets import REMOTE_MODULE, refuse_key_value_prefixes
 from .split_session import SplitSession
@@ -77,12 +80,14 @@ class RemoteBlocks(nn.Module):
         run_blocks: RunBlocks,
         adapters: Adapters,
         deep_prompts: DeepPrompts | None = None,
+        recorder: Recorder | None = None,
     ):
-        """adapters: of the model's rows, shared by all its parts."""
+        """adapters: of the model's rows. recorder: told of hidden states that pass. All parts of a model share both."""
         super().__init__()
         self.span = span
         self.adapters = adapters
         self.deep_prompts = deep_prompts
+        self.recorder = recorder or Recorder()
         self._open_session = open_session
         self._run_blocks = run_blocks
 
@@ -111,15 +116,30 @@ class RemoteBlocks(nn.Module):
         part = BlockSpan(start=self.span.start + start, end=self.span.start + end)
         whole = self.deep_prompts
         prompts = None if whole is None else lambda: whole()[start:end]
-        return RemoteBlocks(part, self._open_session, self._run_blocks, self.adapters, prompts)
+        return RemoteBlocks(part, self._open_session, self._run_blocks, self.adapters, prompts, self.recorder)
 
-    def open_session(self, num_rows: int, max_length: int, adapters: RowAdapters | None = None) -> InferenceSession:
+    def open_session(
+        self, num_rows: int, max_length: int, adapters: RowAdapters | None = None, states: Collection[int] = ()
+    ) -> InferenceSession | SplitSession:
         """Through these blocks, with the deep prompts of this moment: training on does not change the session.
 
-        adapters: of its rows, for its whole life.
+        adapters: of its rows, for its whole life. states: numbers of the hidden states that calls may ask for.
         """
+        if cuts := cuts_within(self.span, states):
+            with ExitStack() as opened:
+                parts = []
+                for part in self._cut(cuts):
+                    parts.append(part.open_session(num_rows, max_length, adapters))
+                    opened.callback(parts[-1].close)
+                opened.pop_all()
+            return SplitSession(parts)
         prompts = None if self.deep_prompts is None else self.deep_prompts().detach().clone()
         return self._open_session(self.span, num_rows, max_length, prompts, adapters)
+
+    def _cut(self, cuts: Sequence[int]) -> list[RemoteBlocks]:
+        """The parts between these block numbers, which lie inside the span."""
+        edges = [0, *(cut - self.span.start for cut in cuts), len(self)]
+        return [self[start:end] for start, end in pairwise(edges)]
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -148,6 +168,52 @@ class RemoteBlocks(nn.Module):
         as those of packed sequences, are refused.
         active_adapter, adapter_names: see `SwarmModelMixin.forward`. A session keeps those that it was opened with.
         """
+        arguments = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "active_adapter": active_adapter,
+            "adapter_names": adapter_names,
+        }
+        session = past_key_values.session if isinstance(past_key_values, RemoteCache) else None
+        cuts = self.recorder.cuts(self.span)
+        self.recorder.passes(self.span.start, hidden_states)
+        if isinstance(session, SplitSession) and session.span == self.span and not session.modules_after:
+            output = self._forward_in_session_parts(session, hidden_states, arguments)
+        elif cuts and session is not None:
+            raise UsageError(
+                "this session was opened without the hidden states that the call wants: open it with "
+                "inference_session(..., output_hidden_states=...)"
+            )
+        elif cuts:
+            output = hidden_states
+            for part in self._cut(cuts):
+                output = part(output, past_key_values=past_key_values, **arguments)
+        else:
+            output = self._forward(hidden_states, past_key_values, **arguments)
+        self.recorder.passes(self.span.end, output)
+        return output
+
+    def _forward_in_session_parts(
+        self, session: SplitSession, hidden_states: torch.Tensor, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        num_tokens = hidden_states.shape[1]
+        session.begin_step()
+        for part in session.parts:
+            blocks = self[part.span.start - self.span.start : part.span.end - self.span.start]
+            hidden_states = blocks(hidden_states, past_key_values=part.cache, **arguments)
+        session.end_step(num_tokens)
+        return hidden_states
+
+    def _forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: RemoteCache | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        active_adapter: Any,
+        adapter_names: Sequence[str | None] | None,
+    ) -> torch.Tensor:
+        """In one piece."""
         prompts = None if self.deep_prompts is None else self.deep_prompts()
         choice = read_choice(active_adapter, adapter_names)
         if isinstance(past_key_values, RemoteCache):
@@ -219,7 +285,7 @@ def _flatten(
     if attention_mask is None:
         real = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=hidden_states.device)
         return real, hidden_states.reshape(-1, hidden_size)
-    real = new_columns(attention_mask, num_rows, cached + num_tokens, num_tokens)
+    real = new_columns(attention_mask, num_rows, cached + num_tokens, num_tokens).to(hidden_states.device)
     if not real.any():
         raise UsageError("the attention mask hides every new token")
     return real, hidden_states[real]

@@ -1,4 +1,4 @@
-"""A session of a model with modules between its blocks: one session for each run of remote blocks."""
+"""A session whose blocks are cut, for modules of the client or to see hidden states: one session for each part."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ class SplitSession:
 
     A step may fail between two of them; then those before have gone further. So the lengths that count are kept here,
     and every part is set back to them before a step.
+
+    modules_after: blocks behind which modules of the client stood when it was opened.
     """
 
-    def __init__(self, parts: Sequence[InferenceSession]):
-        self.parts = tuple(parts)
-        self.span = BlockSpan(start=parts[0].span.start, end=parts[-1].span.end)
-        self.num_rows = parts[0].num_rows
-        self.max_length = parts[0].max_length
+    def __init__(self, parts: Sequence[Session], modules_after: Sequence[int] = ()):
+        self.parts: tuple[Session, ...] = tuple(parts)
+        self.modules_after = tuple(modules_after)
+        self.span: BlockSpan = BlockSpan(start=parts[0].span.start, end=parts[-1].span.end)
+        self.num_rows: int = parts[0].num_rows
+        self.max_length: int = parts[0].max_length
         self.lengths = [0] * self.num_rows
         self.cache = RemoteCache(self)
 
@@ -101,3 +104,6 @@ class SplitSession:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+Session = InferenceSession | SplitSession

@@ -13,6 +13,7 @@ from swarm.errors import NotSupported
 
 from .adapters import NOT_GIVEN, Adapters, read_choice
 from .cache import RemoteCache
+from .hidden_states import Recorder, wanted_states
 from .remote_blocks import check_positions, new_columns, refuse_local_cache
 from .tuning import Prompts
 
@@ -29,10 +30,12 @@ class SwarmBaseMixin:
     active: threading.local  # `active.session`: of the model's `inference_session` in this thread
 
     adapters: Adapters
+    recorder: Recorder  # of hidden states that pass, shared with the blocks
 
-    def connect(self, active: threading.local, adapters: Adapters) -> None:
+    def connect(self, active: threading.local, adapters: Adapters, recorder: Recorder) -> None:
         self.active = active
         self.adapters = adapters
+        self.recorder = recorder
         self.prompts = Prompts()
 
     def forward(
@@ -61,7 +64,11 @@ class SwarmBaseMixin:
         inputs_embeds: torch.Tensor | None,
         **arguments: Any,
     ) -> Any:
-        refuse_inner_states(self.config, arguments)
+        refuse_attentions(self.config, arguments)
+        asked = arguments.pop("output_hidden_states", None)
+        states = wanted_states(
+            self.config.output_hidden_states if asked is None else asked, self.config.num_hidden_layers
+        )
         if past_key_values is None and (session := getattr(self.active, "session", None)) is not None:
             past_key_values = session.cache
         # Without a remote cache there is none: the base model must not make a local one.
@@ -101,8 +108,23 @@ class SwarmBaseMixin:
             # As servers count: padding may lie between prompts (ours or peft's) and the text. Other gaps are refused.
             position_ids = attention_mask.bool().cumsum(1).sub(1).clamp(min=0)[:, -num_tokens:]
         arguments |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)  # type: ignore[misc]
-        return _without_prompts(output, num_prompts) if num_prompts and is_start else output
+        hidden_prompts = num_prompts if is_start else 0
+        if not states:
+            output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)  # type: ignore[misc]
+            return _without_prompts(output, hidden_prompts) if hidden_prompts else output
+        return_dict = arguments.pop("return_dict", None)
+        # It would put in what it sees of the blocks itself, which is nothing.
+        arguments |= {"output_hidden_states": False, "return_dict": True}
+        with self.recorder.recording(states) as kept:
+            output = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)  # type: ignore[misc]
+        if hidden_prompts:
+            output = _without_prompts(output, hidden_prompts)
+        last = self.config.num_hidden_layers
+        inner = [kept[index][:, hidden_prompts:] if index in kept else None for index in range(last)]
+        output["hidden_states"] = (*inner, output.last_hidden_state if last in states else None)
+        return (
+            output.to_tuple() if (self.config.return_dict if return_dict is None else return_dict) is False else output
+        )
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         refuse_checkpointing()
@@ -122,10 +144,12 @@ def swarm_base_class(base_class: type) -> Any:
     return mixed
 
 
-def refuse_inner_states(config: PretrainedConfig, arguments: dict[str, Any]) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        if arguments.get(name) or getattr(config, name):
-            raise NotSupported(f"{name} does not work over the swarm: servers return only what leaves their span")
+def refuse_attentions(config: PretrainedConfig, arguments: dict[str, Any]) -> None:
+    if arguments.get("output_attentions") or config.output_attentions:
+        raise NotSupported(
+            "output_attentions does not work over the swarm: servers never hold the weights of attention as a whole; "
+            "leave it off"
+        )
 
 
 def refuse_checkpointing() -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from swarm.architectures import Architecture
 from swarm.data_structures import BlockSpan
@@ -22,23 +20,22 @@ from swarm.protocol import RowAdapters
 
 from . import trained_part
 from .adapters import NOT_GIVEN, Adapters, NotGiven, read_choice
-from .cache import RemoteCache
 from .connection import SwarmConnection
+from .generation import SwarmGenerationMixin
+from .hidden_states import Recorder, wanted_states
 from .inference_session import InferenceSession
 from .local_modules import BlocksWithModules
-from .peft_targets import peft_prompt_tokens, refuse_remote_module
+from .peft_targets import refuse_remote_module
 from .remote_blocks import MASK_NAME, RemoteBlocks
-from .split_session import SplitSession
+from .split_session import Session
 from .swarm_base import refuse_checkpointing, swarm_base_class
 from .tuning import Prompts, initial_deep_prompts, initial_soft_prompts
-
-Session = InferenceSession | SplitSession
 
 #: Where the base model keeps what the user saves of its prompts.
 _SOFT, _DEEP = "prompts.soft", "prompts.deep"
 
 
-class SwarmModelMixin:
+class SwarmModelMixin(SwarmGenerationMixin):
     """Mixed into the model's own class. Its base model becomes a `SwarmBaseMixin`, its blocks `RemoteBlocks`."""
 
     connection: SwarmConnection
@@ -58,9 +55,10 @@ class SwarmModelMixin:
         base = self._base
         base.__class__ = swarm_base_class(type(base))
         self._adapters = Adapters(connection.find_adapter)
-        base.connect(self._active, self._adapters)
+        recorder = Recorder()
+        base.connect(self._active, self._adapters, recorder)
         span = BlockSpan(start=0, end=connection.num_blocks)
-        blocks = RemoteBlocks(span, self._open_session, connection.passes.run_blocks, self._adapters)
+        blocks = RemoteBlocks(span, self._open_session, connection.passes.run_blocks, self._adapters, recorder=recorder)
         blocks.remote_names = tuple(remote_names)
         blocks.family = architecture.family
         setattr(base, self._blocks_name, blocks)
@@ -139,12 +137,14 @@ class SwarmModelMixin:
         num_rows: int | None = None,
         active_adapter: str | NotGiven | None = NOT_GIVEN,
         adapter_names: Sequence[str | None] | None = None,
+        output_hidden_states: bool | int | Sequence[int] = False,
     ) -> Iterator[Session]:
         """One cache over several calls: `generate` and `forward` within the block go on where the last one ended.
 
         max_length: the most tokens (prompts and answers together) that a row may reach; servers reserve it, and room
         for soft prompts beside it. num_rows: the batch size of every call; by default as many as adapter_names, or 1.
-        active_adapter, adapter_names: see `forward`; for the whole life of the session.
+        active_adapter, adapter_names: see `forward`; for the whole life of the session. output_hidden_states: which of
+        them calls may ask for, all or those of these numbers; each takes a session of its own on the servers.
         Raises CacheFull when no server has that much room, AdapterNotServed.
         """
         if getattr(self._active, "session", None) is not None:
@@ -153,71 +153,13 @@ class SwarmModelMixin:
         if num_rows is None:
             num_rows = len(choice) if isinstance(choice, tuple) else 1
         adapters = self._adapters.of_session(num_rows, self._blocks.span, choice)
-        with self._blocks.open_session(num_rows, max_length + self._prompts.num_soft, adapters) as session:
+        states = wanted_states(output_hidden_states, self.connection.num_blocks)
+        with self._blocks.open_session(num_rows, max_length + self._prompts.num_soft, adapters, states) as session:
             self._active.session = session
             try:
                 yield session
             finally:
                 self._active.session = None
-
-    def generate(
-        self,
-        *args: Any,
-        active_adapter: str | NotGiven | None = NOT_GIVEN,
-        adapter_names: Sequence[str | None] | None = None,
-        deadline: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Everything the model's own `generate` accepts, except what `NotSupported` names.
-
-        Within an inference session, pass the whole conversation so far: tokens that are cached are not sent again.
-        active_adapter, adapter_names: see `forward`; one name for each row of the input: beams, and several sequences
-        that are returned for a row, have its adapter. A session keeps those that it was opened with.
-        deadline: seconds from now within which the answer is wanted. It is a wish: servers serve steps with less time
-        left first, and late answers come all the same. Without a cache (use_cache=False) nobody learns of it.
-        """
-        choice = read_choice(active_adapter, adapter_names)
-        ends = _moment(deadline)
-        session = getattr(self._active, "session", None)
-        if session is not None and kwargs.get("past_key_values") is None:
-            _check_continuation(session, args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
-            kwargs["past_key_values"] = session.cache
-        cache = kwargs.get("past_key_values")
-        self._active.temporary = None
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._close_temporary)
-            stack.enter_context(self._adapters.calling(choice))
-            if ends is not None and isinstance(cache, RemoteCache):
-                stack.callback(setattr, cache.session, "deadline", cache.session.deadline)
-                cache.session.deadline = ends
-            self._active.deadline = ends
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-    def _close_temporary(self) -> None:
-        if self._active.temporary is not None:
-            self._active.temporary.close()
-            self._active.temporary = None
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Called by `generate` once it knows how long the answer may get: here the session enters."""
-        copies = max(generation_config.num_return_sequences or 1, generation_config.num_beams or 1)
-        self._adapters.expand(batch_size, copies)
-        if not generation_config.use_cache or model_kwargs.get("past_key_values") is not None:
-            return
-        num_rows = batch_size * copies
-        prompts = self._prompts.num_soft + peft_prompt_tokens(self)
-        adapters = self._adapters.of_session(num_rows, self._blocks.span)
-        session = self._blocks.open_session(num_rows, max(max_cache_length, 1) + prompts, adapters)
-        session.deadline = self._active.deadline
-        self._active.temporary = session
-        model_kwargs["past_key_values"] = session.cache
 
     # --- what a client trains ---
 
@@ -282,6 +224,16 @@ class SwarmModelMixin:
         else:
             blocks.insert_after(block, module)
 
+    def remove_after(self, block: int) -> nn.Module:
+        """Undo `insert_after`, and return the module. Raises UsageError where none stands."""
+        blocks = self._blocks
+        if isinstance(blocks, RemoteBlocks):
+            raise UsageError(f"no module stands after block {block}")
+        removed = blocks.remove_after(block)
+        if not blocks.inserted:
+            setattr(self._base, self._blocks_name, blocks.remote)
+        return removed
+
     def save_trained(self, folder: str | os.PathLike[str]) -> None:
         """Write what is trained (prompts, modules, heads), and only that, as safetensors. Raises UsageError."""
         trained_part.save(self, self._base_names, folder, self.name_or_path)  # type: ignore[arg-type]
@@ -332,7 +284,9 @@ class SwarmModelMixin:
 
 def swarm_model_class(model_class: type) -> Any:
     """The model's own class with the mixin, and the signature of its own forward."""
-    mixed = type(f"Swarm{model_class.__name__}", (SwarmModelMixin, model_class), {"__module__": __name__})
+    # Under the name of the model's own class, which transformers looks at: pipelines know the names that they support.
+    qualified = {"__module__": __name__, "__qualname__": f"Swarm{model_class.__name__}"}
+    mixed = type(model_class.__name__, (SwarmModelMixin, model_class), qualified)
 
     @functools.wraps(model_class.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -340,20 +294,3 @@ def swarm_model_class(model_class: type) -> Any:
 
     mixed.forward = forward  # type: ignore[attr-defined]
     return mixed
-
-
-def _moment(deadline: float | None) -> float | None:
-    """`time.monotonic` so many seconds from now. Raises UsageError."""
-    if deadline is None:
-        return None
-    if not 0 <= deadline < math.inf:
-        raise UsageError(f"a deadline of {deadline} seconds from now: give a number from 0 on, or None")
-    return time.monotonic() + deadline
-
-
-def _check_continuation(session: Session, input_ids: Any) -> None:
-    if isinstance(input_ids, torch.Tensor) and 0 < input_ids.shape[1] <= session.cache.columns:
-        raise UsageError(
-            f"the session holds {session.cache.columns} tokens already and the input has only {input_ids.shape[1]}: "
-            "pass the whole conversation with the new tokens at its end, or set session.position back first"
-        )

@@ -6,12 +6,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.errors import UsageError
+from swarm.errors import SwarmError, UsageError
 
 from .logs import Verbose, set_up_logging
 from .options import Adapter, InitialPeers, SwarmKeyFile, required_peers
@@ -19,10 +19,14 @@ from .run_server import DType
 
 if TYPE_CHECKING:
     from swarm.client.inference_session import InferenceSession
+    from swarm.routing.chain import Chain
 
-    from .answering import Sampling
+    from .answering import Answer, Sampling
 
-_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = (
+    "/reset forgets the conversation, /adapter NAME answers with an adapter from now on (without a name: with none), "
+    "/exit or Ctrl-D leaves, Ctrl-C stops an answer"
+)
 
 
 def chat(
@@ -72,11 +76,12 @@ def chat(
             if not tokenizer.chat_template:
                 raise UsageError(f"{model} has no chat template; use swarm generate")
             length = min(max_length, answering.context_length(llm) or max_length)
-            with llm.inference_session(max_length=length) as session:
-                sampling = answering.Sampling(max_new_tokens, temperature, top_p, top_k)
-                talk(Conversation(llm, tokenizer, session, sampling, system))
+            sampling = answering.Sampling(max_new_tokens, temperature, top_p, top_k)
+            figures = show_route or sys.stdin.isatty()
+            with Conversation(llm, tokenizer, length, sampling, system, figures=figures) as conversation:
+                talk(conversation)
                 if show_route:
-                    print(session.report(), file=sys.stderr)
+                    print(conversation.session.report(), file=sys.stderr)
 
 
 def talk(conversation: Conversation) -> None:
@@ -91,6 +96,10 @@ def talk(conversation: Conversation) -> None:
                 return
             case "/reset":
                 conversation.reset()
+            case "/adapter":
+                conversation.use_adapter(None)
+            case command if command.startswith("/adapter "):
+                conversation.use_adapter(command.removeprefix("/adapter ").strip())
             case message:
                 conversation.say(message)
 
@@ -113,16 +122,47 @@ def read_lines() -> Iterator[str]:
 
 
 class Conversation:
-    """Messages so far, and the session that holds them."""
+    """Messages so far, and the session that holds them. A context manager.
 
-    def __init__(self, llm: Any, tokenizer: Any, session: InferenceSession, sampling: Sampling, system: str | None):
+    max_length: of the session, in tokens. figures: whether to say after each answer how fast it came, and over whom.
+    """
+
+    session: InferenceSession
+
+    def __init__(
+        self, llm: Any, tokenizer: Any, max_length: int, sampling: Sampling, system: str | None, *, figures: bool
+    ):
         self._llm = llm
         self._tokenizer = tokenizer
-        self._session = session
+        self._max_length = max_length
         self._sampling = sampling
+        self._figures = figures
+        self._sessions = ExitStack()
         self._beginning = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._beginning)
         self._tokens: list[int] = []  # of the last request and its answer; the session holds the first of them
+
+    def __enter__(self) -> Conversation:
+        self._open_session()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sessions.close()
+
+    def _open_session(self) -> None:
+        """In the place of the one before: a session keeps the adapter that it was opened with."""
+        self._sessions.close()
+        self._tokens = []
+        self.session = self._sessions.enter_context(self._llm.inference_session(max_length=self._max_length))
+
+    def use_adapter(self, name: str | None) -> None:
+        """Let servers apply this adapter from now on, None for none. If they do not have it, say so and go on."""
+        try:
+            self._llm.set_adapter(name)
+        except SwarmError as error:
+            print(error, file=sys.stderr)
+            return
+        self._open_session()
 
     def reset(self) -> None:
         """Forget what was said. The session stays; what the next conversation shares with this one stays cached."""
@@ -136,29 +176,39 @@ class Conversation:
         tokens = list(
             self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         )
-        if len(tokens) >= self._session.max_length:
+        if len(tokens) >= self._max_length:
             print(
                 f"the conversation would have {len(tokens)} tokens, which leaves no room for an answer in "
-                f"{self._session.max_length}; shorten the message, or /reset",
+                f"{self._max_length}; shorten the message, or /reset",
                 file=sys.stderr,
             )
             return
-        cached = self._tokens[: self._session.position]
+        cached = self._tokens[: self.session.position]
         # At least the last token is sent again: its output gives the first token of the answer.
-        self._session.position = min(common_length(cached, tokens), len(tokens) - 1)
+        self.session.position = min(common_length(cached, tokens), len(tokens) - 1)
         with stopped_by_ctrl_c() as criteria:
             answered = answer(
                 self._llm,
                 self._tokenizer,
-                self._session,
+                self.session,
                 tokens,
                 sampling=self._sampling,
                 write=write_to_stdout,
                 stopping_criteria=[criteria],
             )
         print(flush=True)
+        if self._figures:
+            print(describe(answered, self.session.chain), file=sys.stderr)
         self._tokens = tokens + answered.tokens
         self._messages = [*messages, {"role": "assistant", "content": answered.text}]
+
+
+def describe(answer: Answer, chain: Chain) -> str:
+    """How fast an answer came, and over which servers."""
+    rate = answer.tokens_per_second
+    speed = "" if rate is None else f", {rate:.1f} tokens/s"
+    servers = ", ".join(f"{link.span} by ...{link.peer_id[-6:]}" for link in chain)
+    return f"[{len(answer.tokens)} tokens{speed} over {servers}]"
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import swarm
 from swarm.architectures import architecture_of, span_tensors
 from swarm.data_structures import MAX_RELAYS, BlockSpan, ModelInfo, ServerInfo, ServerState
+from swarm.devices import device_of
 from swarm.dht import Directory, ServerRecord
 from swarm.errors import EngineError, NetworkError
 from swarm.node import Node, NodeConfig
@@ -27,7 +28,7 @@ from .heap import give_back
 from .hosting import Hosting, Loaded, load_blocks
 from .mover import Mover
 from .quotas import PeerQuotas
-from .setup import Setup, device_of, open_model, set_up
+from .setup import Setup, open_model, set_up
 from .speed_store import Speed
 
 logger = logging.getLogger(__name__)

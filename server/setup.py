@@ -95,20 +95,3 @@ def _plan(config: ServerConfig, whole: int, size: BlockSize, device: torch.devic
         memory = max(0, memory - config.adapter_memory)
         label += f", beside {config.adapter_memory.human_readable(decimal=True)} for adapters (--adapter-memory),"
     return plan(memory, size, label, fewest=asked or 1, most=asked or whole, cache_tokens=config.cache_tokens)
-
-
-def device_of(name: str) -> torch.device:
-    """Raises UsageError if there is none of this name here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"no such device: {name!r}; write cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"blocks cannot be served on {name!r}; write cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda is not available here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
-        )
-    return device

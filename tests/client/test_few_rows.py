@@ -52,6 +52,18 @@ def test_rows_that_lie_apart_in_memory() -> None:
     torch.testing.assert_close(blockwise_linear(x, weight), F.linear(x, weight))
 
 
+def test_a_layer_that_was_changed_since_takes_the_usual_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `model.to(...)` does: neither another dtype nor another device was measured."""
+    linear = layer()
+    assert speed_up_few_rows(linear)
+    monkeypatch.setattr(few_rows, "blockwise_linear", None)
+    with torch.no_grad():
+        linear.bfloat16()
+        assert linear(random(1, 96).bfloat16()).dtype is torch.bfloat16
+        linear.float().to("meta")
+        assert linear(torch.empty(1, 96, device="meta")).device.type == "meta"
+
+
 def test_few_rows_take_it_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 

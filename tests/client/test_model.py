@@ -186,6 +186,20 @@ def test_a_lost_server_does_not_change_the_tokens(model, plain, fake_swarm, conn
     assert set(connection.router.banned()) == {"B"}
 
 
+def test_a_lost_server_does_not_change_the_hidden_states(either_way, model, plain, fake_swarm, connection):
+    """Each part between two states has a session, and each of them survives on its own."""
+    ids = tokens(2, 6)
+    fake_swarm["B"].fail("step", PeerUnreachable("gone"), after=7)
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_hidden_states": [2, 4, 7]}
+    ours, theirs = (one.generate(ids, **options) for one in (model, plain))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        for number in (2, 4, 7):
+            assert_equal_logits(mine[number], other[number])
+    assert connection.banned == {"B"}
+    assert not any(server.sessions for server in fake_swarm.servers.values())
+
+
 def test_seeded_samples_and_several_sequences(model, plain, fake_swarm):
     ids = tokens(2, 5)
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 8, "top_k": 20, "temperature": 1.3}
@@ -376,19 +390,11 @@ def test_a_session_belongs_to_its_thread(model, fake_swarm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_inner_states_are_refused(model, name):
-    with pytest.raises(NotSupported, match=name):
-        model(tokens(1, 5), **{name: True})
-    with pytest.raises(NotSupported, match=name):
-        model.generate(tokens(1, 5), max_new_tokens=2, return_dict_in_generate=True, **{name: True})
-
-
-@torch.no_grad()
-def test_inner_states_are_refused_when_the_config_asks_for_them(model):
-    model.config.output_hidden_states = True
-    with pytest.raises(NotSupported, match="output_hidden_states"):
-        model(tokens(1, 5))
+def test_attentions_are_refused(model):
+    with pytest.raises(NotSupported, match="output_attentions"):
+        model(tokens(1, 5), output_attentions=True)
+    with pytest.raises(NotSupported, match="output_attentions"):
+        model.generate(tokens(1, 5), max_new_tokens=2, return_dict_in_generate=True, output_attentions=True)
 
 
 def test_gradients_through_a_session_are_refused(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,28 +42,6 @@ def run_swarm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
         return Finished(int(exit_.value.code or 0), out, err)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tiny_chat_folder(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with a tokenizer of 256 words (`w4` ... `w255` and a few for its chat template)."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-chat"
-    shutil.copytree(tiny_llama_folder, folder)
-    words = ["<unknown>", "<user>", "<assistant>", "<end>", *(f"w{number}" for number in range(4, 256))]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=(
-            "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end> {% endfor %}"
-            "{% if add_generation_prompt %}<assistant>{% endif %}"
-        ),
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

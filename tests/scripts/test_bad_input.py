@@ -157,7 +157,7 @@ def test_a_cache_that_does_not_fit_into_memory() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is available here")
 def test_a_device_that_is_not_there(refused: Callable[..., tuple[int, str]], tiny_chat_folder: Path) -> None:
     code, line = refused("run-server", tiny_chat_folder, "--new-swarm", "--device", "cuda")
-    assert (code, line) == (2, "device cuda is not available here; use --device cpu")
+    assert (code, line) == (2, "device cuda is not available here; use cpu")
 
 
 def test_a_server_without_a_swarm(refused: Callable[..., tuple[int, str]], tiny_chat_folder: Path) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import pty
+import re
+import select
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any
 import pytest
 
 from swarm.client.inference_session import InferenceSession
+from swarm.client.swarm_model import SwarmModelMixin
 from swarm.scripts import answering
 from swarm.scripts.chat import common_length, read_lines
 from swarm.scripts.local_swarm import LocalSwarm
@@ -112,6 +117,73 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(
     stopped, second = map(numbers, done.out.splitlines())
     assert len(stopped) < 10 and stopped == whole[: len(stopped)]
     assert second == continue_locally([*first, *stopped, END, USER, 40, END, ASSISTANT], max_new_tokens=30)
+
+
+def test_adapters_by_name(
+    talk: Callable[..., Any], continue_locally: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that nobody has changes nothing; another is chosen for a session of its own, which reads the whole talk."""
+    opened: list[str | None] = []
+    real_session = SwarmModelMixin.inference_session
+
+    def inference_session(self: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(self.active_adapter)
+        return real_session(self, *args, **kwargs)
+
+    monkeypatch.setattr(SwarmModelMixin, "inference_session", inference_session)
+    done = talk("/adapter nobody-has-it", "w17 w99", "/adapter", "w40", flags=("--max-new-tokens", 4))
+    assert done.code == 0, done.err
+    assert "nobody-has-it" in done.err
+    assert opened == [None, None]
+    first = [USER, 17, 99, END, ASSISTANT]
+    answer = continue_locally(first, max_new_tokens=4)
+    second = [*first, *answer, END, USER, 40, END, ASSISTANT]
+    assert [numbers(line) for line in done.out.splitlines()] == [answer, continue_locally(second, max_new_tokens=4)]
+
+
+def test_speed_and_route_after_an_answer(talk: Callable[..., Any], tiny_swarm: LocalSwarm) -> None:
+    done = talk("w17 w99", flags=("--max-new-tokens", 3, "--show-route"))
+    first, second = (server.peer_id[-6:] for server in tiny_swarm.servers)
+    assert re.search(
+        rf"^\[3 tokens, [\d.]+ tokens/s over 0:4 by \.\.\.{first}, 4:8 by \.\.\.{second}\]$", done.err, re.M
+    )
+    assert "tokens/s over" not in talk("w17 w99").err, "a pipe is told what it asks for"
+
+
+def test_a_dumb_terminal(tiny_swarm: LocalSwarm, tiny_chat_folder: Path, continue_locally: Callable[..., Any]) -> None:
+    """TERM=dumb, as in an editor's window: no control sequences, and lines are read as they are typed."""
+    program = "import sys; from swarm.scripts.main import main; main(sys.argv[1:])"
+    arguments = ["chat", str(tiny_chat_folder), "--initial-peers", *tiny_swarm.initial_peers, "--max-new-tokens", "3"]
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "dumb"},
+    )
+    os.close(theirs)
+    seen = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal seen
+        while text not in seen:
+            assert select.select([ours], [], [], 120)[0], f"no {text!r} in {seen!r}"
+            seen += os.read(ours, 4096)
+
+    try:
+        wait_for(b"\n> ")
+        os.write(ours, b"w17 w99\n")
+        wait_for(b" tokens/s over ")
+        os.write(ours, b"/exit\n")
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+    answer = " ".join(f"w{token}" for token in continue_locally([USER, 17, 99, END, ASSISTANT], max_new_tokens=3))
+    assert answer.encode() in seen
+    assert b"\x1b" not in seen
 
 
 def test_in_a_terminal_ctrl_c_clears_the_line_and_ctrl_d_leaves(
