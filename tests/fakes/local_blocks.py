@@ -138,7 +138,7 @@ class LocalConnection:
     """
 
     def __init__(self, model: Any):
-        self.num_blocks = len(model.model.layers)
+        self.num_blocks = model.config.num_hidden_layers
         self.passes = LocalBlocks(model)
         self.sessions: list[LocalSession] = []
         self.adapters = {"one": f"{1:016x}", "two": f"{2:016x}"}
