@@ -50,7 +50,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a causal language model.
 
     Raises NotSupported for a model that keeps a state beside keys and values, for one that is not only a language
-    model, for weights stored in a quantised form, and for rotary embeddings that depend on the batch.
+    model, for weights stored in a quantised form, for rotary embeddings that depend on the batch, and for tokens that
+    see those behind them.
     """
     model_type = config.model_type
     if getattr(config, "quantization_config", None) is not None:
@@ -59,6 +60,11 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         raise NotSupported(
             f"this model's rotary embeddings ({', '.join(sorted(by_length))}) depend on the longest text of a batch, "
             "so sessions that share a server would change each other's output"
+        )
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        raise NotSupported(
+            "this model's tokens see the tokens behind them, as in an encoder; the swarm serves models whose tokens "
+            f"see what stands before them; {_ADVICE}"
         )
     # Imported late: these bring in the family's model code, which takes seconds.
     from transformers import AutoModel, AutoModelForCausalLM
