@@ -156,6 +156,7 @@ def _as_in_the_model(
     before = [PassedBy(getattr(whole, architecture.blocks)[other]) for other in range(number)]
     setattr(model, architecture.blocks, nn.ModuleList([*before, block.eval()]))
     output: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).last_hidden_state[0]
+    block.to("meta")  # mixtures have blocks of gigabytes: `whole` keeps none of them
     return output
 
 

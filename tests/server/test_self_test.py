@@ -87,6 +87,22 @@ def test_each_kind_of_block_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tried == [1, 3]  # dense, and experts
 
 
+@pytest.mark.usefixtures("untested")
+def test_weights_of_one_block_at_a_time_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    error_of = self_test._error_and_size
+
+    def noting(*arguments: Any) -> tuple[float, int]:
+        whole = arguments[4]
+        held.append(sum(parameter.device.type != "meta" for parameter in whole.parameters()))
+        return error_of(*arguments)
+
+    monkeypatch.setattr(self_test, "_error_and_size", noting)
+    _, checkpoint = saved_model(tiny_config("deepseek_v3"), tmp_path)
+    load(checkpoint)
+    assert held == [0, 0]
+
+
 def test_tested_families_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_test, "_difference", lambda *_: pytest.fail("it was tried"))
     _, checkpoint = saved_model(tiny_config("llama"), tmp_path)
