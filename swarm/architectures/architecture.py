@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: Rotary embeddings whose frequencies follow the longest row of a batch: one session would change another's output.
 _ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
+#: Families whose checkpoints call "dynamic" what an `alpha` beside it makes the same for every length.
+_DYNAMIC_BUT_FIXED = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
+
 #: What blocks may keep of the past: keys and values, all or the last ones. Others keep a state that each token changes.
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -121,4 +124,7 @@ def _rope_types(config: PretrainedConfig) -> set[str]:
     """The kinds of rotary embeddings in use; some families have one for each kind of block."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_kind = [entry for entry in parameters.values() if isinstance(entry, dict)] or [parameters]
-    return {entry.get("rope_type", "default") for entry in by_kind}
+    types = {entry.get("rope_type", "default") for entry in by_kind}
+    if config.model_type in _DYNAMIC_BUT_FIXED and all(entry.get("alpha") for entry in by_kind):
+        types.discard("dynamic")
+    return types
