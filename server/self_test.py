@@ -107,7 +107,7 @@ def _error_and_size(
     """How much a block differs between a server's flattened batch and transformers' own model, relative; and how many
     numbers it stores for a token."""
     options = {"dtype": torch.float32}
-    raw = load_block(checkpoint, architecture, number, options, config).eval()
+    raw = load_block(checkpoint, architecture, number, options, config)[0].eval()
     expected = _as_in_the_model(architecture, number, config, whole, raw, hidden)
     alone = BlockSpan(start=number, end=number + 1)
     model = load_frame(architecture, block_config(config, number), options).eval()

@@ -74,7 +74,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
     causal_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     base_class = AutoModel._model_mapping.get(type(config), None)
-    if causal_class is None or base_class is None or config.get_text_config() is not config:
+    if causal_class is None or base_class is None or not _is_of_text_alone(config):
         raise NotSupported(f"models of type {model_type!r} are not plain causal language models; {_ADVICE}")
     _refuse_states(config, causal_class)
     family = FAMILIES.get(model_type, Family())
@@ -107,6 +107,13 @@ def untested_refusal(model_type: str, differs: str) -> NotSupported:
         f"models of type {model_type!r} are not among the tested ones, and a trial of this one failed: {differs}; "
         f"{_ADVICE}, or another release of transformers"
     )
+
+
+def _is_of_text_alone(config: PretrainedConfig) -> bool:
+    try:
+        return config.get_text_config() is config
+    except ValueError:  # it has several (MusicGen)
+        return False
 
 
 def _refuse_states(config: PretrainedConfig, causal_class: type[PreTrainedModel]) -> None:

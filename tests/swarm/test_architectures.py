@@ -108,7 +108,7 @@ def test_models_with_a_state_are_refused(model_type):
         architecture_of(AutoConfig.for_model(model_type))
 
 
-@pytest.mark.parametrize("model_type", ["t5", "gemma3", "llama4"])
+@pytest.mark.parametrize("model_type", ["t5", "gemma3", "llama4", "musicgen"])
 def test_models_that_are_not_only_language_models_are_refused(model_type):
     with pytest.raises(NotSupported, match=rf"^models of type '{model_type}' are not plain causal language models"):
         architecture_of(AutoConfig.for_model(model_type))
