@@ -169,7 +169,7 @@ def _connected_model(
         if absent := sorted(name for name in info["missing_keys"] if not name.startswith(_NEW_HEAD)):
             raise ModelNotFound(f"the checkpoint has no tensors for {', '.join(absent)}")
         local.eval().requires_grad_(False)
-        if not architecture.is_tested and model_class is architecture.causal_class:
+        if not architecture.is_tested:
             check_untested(local, architecture)
         # Not before: renamings of a checkpoint's tensors are found by the name of the class.
         local.__class__ = swarm_model_class(model_class)

@@ -49,14 +49,16 @@ def _difference(model: Any, architecture: Architecture) -> str | None:
     if model.get_input_embeddings() is not embeddings:
         return f"its embeddings are not {architecture.embeddings}"
     ids = torch.arange(_NUM_TOKENS)[None] % model.config.vocab_size
-    without = model(ids, use_cache=False).logits
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    without = model(ids, attention_mask=mask, use_cache=False).logits
     recorder = _Recorder()
     seen: list[torch.Tensor] = []
     hook = norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     setattr(base, architecture.blocks, nn.ModuleList([recorder]))
     before, base.config.num_hidden_layers = base.config.num_hidden_layers, 1
     try:
-        logits = model(ids, use_cache=False).logits
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
     finally:
         hook.remove()
         setattr(base, architecture.blocks, blocks)
@@ -66,6 +68,8 @@ def _difference(model: Any, architecture: Architecture) -> str | None:
     given = {name for name, value in recorder.calls[0].items() if _holds_tensor(value)}
     if unknown := sorted(given - _KNOWN):
         return f"it hands its blocks something that servers do not get: {', '.join(unknown)}"
+    if "attention_mask" not in given:
+        return "it does not tell its blocks which tokens are masked, or under another name"
     if not torch.equal(logits, without):
         return "it does something beside its blocks that depends on how many there are"
     return None

@@ -73,6 +73,8 @@ def paged_attention(
     flat_batch = running_batch()
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if (scaled := getattr(module, "scaled_queries", None)) is not None:  # see `families`
+        query = scaled(query)
     reach = Reach(sliding_window, _chunk_of(module))
     variant = Variant(scaling, reach, softcap, s_aux, key_bias, like_plain)
     if isinstance(flat_batch, WholeRows):

@@ -53,8 +53,8 @@ def load_block(
     number: int,
     options: dict[str, Any],
     config: PretrainedConfig | None = None,
-) -> nn.Module:
-    """Block `number` of the model. It holds no view of the file, or nothing but views.
+) -> tuple[nn.Module, bool]:
+    """Block `number` of the model, and whether its parameters are views of the file: all of them, or none.
 
     config: of the model, if not the checkpoint's own. Raises ModelNotFound if the checkpoint lacks one of its tensors.
     """
@@ -75,9 +75,10 @@ def load_block(
     block: nn.Module = getattr(model, architecture.blocks)[0]
     parameters = list(block.parameters())
     views = [parameter for parameter in parameters if parameter.untyped_storage().data_ptr() in mapped]
-    if len(views) < len(parameters):
+    are_views = len(views) == len(parameters)
+    if not are_views:
         let_go_of_file(views)
-    return block
+    return block, are_views
 
 
 def let_go_of_file(views: Iterable[nn.Parameter]) -> None:

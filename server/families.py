@@ -141,12 +141,13 @@ def _llama4(block: Any, number: int, config: Any) -> None:
         return
     attention.attn_temperature_tuning = False
 
-    def scaled(_module: nn.Module, _inputs: Any, query: torch.Tensor) -> torch.Tensor:
-        positions = running_batch().position_ids[..., None].float()
+    def scaled(query: torch.Tensor) -> torch.Tensor:
+        positions = running_batch().position_ids[:, None, :, None].float()
         scale = torch.log1p(torch.floor((positions + 1.0) / config.floor_scale)) * config.attn_scale + 1.0
         return (query * scale).to(query.dtype)
 
-    attention.q_proj.register_forward_hook(scaled)
+    # Not a hook of the projection: that layer may be packed or quantised later, and runs on its own while it is.
+    attention.scaled_queries = scaled
 
 
 _PREPARE: dict[str, Callable[[Any, int, Any], None]] = {

@@ -63,14 +63,15 @@ def load_span(
     packed = False
     with freed_at_once():
         for index, number in enumerate(span.blocks()):
-            block = load_block(checkpoint, architecture, number, options)
+            block, are_views = load_block(checkpoint, architecture, number, options)
             move_in(block, index, model.config)
             prepare_block(block, number, config)
             if quantized is not None:
                 finish_layers(block, dtype)
             elif pack_linear_layers(block):
                 packed = True
-                let_go_of_file(block.parameters())  # what is not packed: norms mostly
+                if are_views:
+                    let_go_of_file(block.parameters())  # what is not packed: norms mostly
             blocks.append(block)
             progress.loaded(len(blocks), len(span))
     use_paged_attention(model, like_plain=quantized is not None)

@@ -107,7 +107,7 @@ def _error_and_size(
     """How much a block differs between a server's flattened batch and transformers' own model, relative; and how many
     numbers it stores for a token."""
     options = {"dtype": torch.float32}
-    raw = load_block(checkpoint, architecture, number, options, config).eval()
+    raw = load_block(checkpoint, architecture, number, options, config)[0].eval()
     expected = _as_in_the_model(architecture, number, config, whole, raw, hidden)
     alone = BlockSpan(start=number, end=number + 1)
     model = load_frame(architecture, block_config(config, number), options).eval()
@@ -156,6 +156,7 @@ def _as_in_the_model(
     before = [PassedBy(getattr(whole, architecture.blocks)[other]) for other in range(number)]
     setattr(model, architecture.blocks, nn.ModuleList([*before, block.eval()]))
     output: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).last_hidden_state[0]
+    block.to("meta")  # mixtures have blocks of gigabytes: `whole` keeps none of them
     return output
 
 

@@ -6,13 +6,13 @@ Pure: works for any model that transformers knows, whether or not its blocks can
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ByteSize
 from torch import nn
 
-from swarm.architectures import block_config, head_sizes, one_block_of_each_kind
+from swarm.architectures import FAMILIES, block_config, head_sizes, one_block_of_each_kind
 from swarm.errors import UsageError
 
 from .config import Quantization
@@ -155,10 +155,21 @@ def _loading_bytes(block: nn.Module, dtype: torch.dtype, quantization: Quantizat
 def _activation_bytes(block: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's values while a block works on it, generously: its hidden states eight times in float32
     (residual, norms, queries, keys, values, attention's output), the widest layer's four times in `dtype`, a mask over
-    a long context, and its scores for every head where the fused kernels cannot be used."""
+    a long context, and its scores for every head where the fused kernels cannot be used. And for each expert that the
+    token passes, what goes into and comes out of its products, twice in `dtype`."""
     text = config.get_text_config()
     widest = max(size for parameter in block.parameters() for size in parameter.shape[-2:])
     context = min(getattr(text, "max_position_embeddings", None) or USUAL_CACHE_TOKENS, USUAL_CACHE_TOKENS)
     explicit = getattr(text, "attn_logit_softcapping", None) is not None
     scores = context * dtype.itemsize * (1 + 4 * text.num_attention_heads * explicit)
-    return int(8 * text.hidden_size * 4 + 4 * widest * dtype.itemsize + scores)
+    fused = [parameter.shape for parameter in block.parameters() if parameter.dim() == 3]  # [experts, ..., ...]
+    routed = sum(2 * _experts_of_token(text, shape[0]) * (shape[1] + shape[2]) * dtype.itemsize for shape in fused)
+    return int(8 * text.hidden_size * 4 + 4 * widest * dtype.itemsize + scores + routed)
+
+
+def _experts_of_token(config: Any, num_experts: int) -> int:
+    """How many experts a token is handed to."""
+    if (family := FAMILIES.get(config.model_type)) is not None and family.every_expert:
+        return num_experts
+    names = "num_experts_per_tok", "moe_k"  # the second is ERNIE's own
+    return next((int(found) for name in names if (found := getattr(config, name, None))), num_experts)

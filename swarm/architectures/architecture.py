@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: Rotary embeddings whose frequencies follow the longest row of a batch: one session would change another's output.
 _ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
+#: Families whose checkpoints call "dynamic" what an `alpha` beside it makes the same for every length.
+_DYNAMIC_BUT_FIXED = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
+
 #: What blocks may keep of the past: keys and values, all or the last ones. Others keep a state that each token changes.
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -50,7 +53,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a causal language model.
 
     Raises NotSupported for a model that keeps a state beside keys and values, for one that is not only a language
-    model, for weights stored in a quantised form, and for rotary embeddings that depend on the batch.
+    model, for weights stored in a quantised form, for rotary embeddings that depend on the batch, and for tokens that
+    see those behind them.
     """
     model_type = config.model_type
     if getattr(config, "quantization_config", None) is not None:
@@ -60,12 +64,17 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             f"this model's rotary embeddings ({', '.join(sorted(by_length))}) depend on the longest text of a batch, "
             "so sessions that share a server would change each other's output"
         )
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        raise NotSupported(
+            "this model's tokens see the tokens behind them, as in an encoder; the swarm serves models whose tokens "
+            f"see what stands before them; {_ADVICE}"
+        )
     # Imported late: these bring in the family's model code, which takes seconds.
     from transformers import AutoModel, AutoModelForCausalLM
 
     causal_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     base_class = AutoModel._model_mapping.get(type(config), None)
-    if causal_class is None or base_class is None or config.get_text_config() is not config:
+    if causal_class is None or base_class is None or not _is_of_text_alone(config):
         raise NotSupported(f"models of type {model_type!r} are not plain causal language models; {_ADVICE}")
     _refuse_states(config, causal_class)
     family = FAMILIES.get(model_type, Family())
@@ -100,6 +109,13 @@ def untested_refusal(model_type: str, differs: str) -> NotSupported:
     )
 
 
+def _is_of_text_alone(config: PretrainedConfig) -> bool:
+    try:
+        return config.get_text_config() is config
+    except ValueError:  # it has several (MusicGen)
+        return False
+
+
 def _refuse_states(config: PretrainedConfig, causal_class: type[PreTrainedModel]) -> None:
     """Raises NotSupported for models with recurrent blocks (Mamba, linear attention, convolutions)."""
     others = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
@@ -115,4 +131,7 @@ def _rope_types(config: PretrainedConfig) -> set[str]:
     """The kinds of rotary embeddings in use; some families have one for each kind of block."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_kind = [entry for entry in parameters.values() if isinstance(entry, dict)] or [parameters]
-    return {entry.get("rope_type", "default") for entry in by_kind}
+    types = {entry.get("rope_type", "default") for entry in by_kind}
+    if config.model_type in _DYNAMIC_BUT_FIXED and all(entry.get("alpha") for entry in by_kind):
+        types.discard("dynamic")
+    return types

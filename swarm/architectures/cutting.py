@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..data_structures import BlockSpan
 from ..errors import BadSpan, ModelNotFound
-from .architecture import Architecture, num_blocks
+from .architecture import Architecture, num_blocks, untested_refusal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,7 +55,8 @@ def _settings_of_block(config: PretrainedConfig, block: int) -> dict[str, object
 def span_tensors(architecture: Architecture, names: Iterable[str], span: BlockSpan) -> dict[str, str]:
     """{name in the checkpoint: name in a base model that holds only the blocks of `span`}.
 
-    Raises ModelNotFound if `names` lacks every tensor of one of the blocks.
+    Raises ModelNotFound if `names` lacks every tensor of one of the blocks; NotSupported if the family is not tested,
+    for then its blocks may have another name.
     """
     renamed = {}
     seen = set()
@@ -68,13 +69,22 @@ def span_tensors(architecture: Architecture, names: Iterable[str], span: BlockSp
         renamed[name] = f"{architecture.blocks}.{block - span.start}.{within}"
     absent = sorted(set(span.blocks()) - seen)
     if absent:
-        raise ModelNotFound(f"the checkpoint has no tensors of blocks {', '.join(map(str, absent))}")
+        lacks = f"the checkpoint has no tensors of blocks {', '.join(map(str, absent))}"
+        raise ModelNotFound(lacks) if architecture.is_tested else untested_refusal(architecture.model_type, lacks)
     return renamed
 
 
 def client_tensors(architecture: Architecture, names: Iterable[str]) -> set[str]:
-    """The names in the checkpoint of everything that is not in a block."""
-    return {name for name in names if _block_of(architecture, name) is None}
+    """The names in the checkpoint of everything that is not in a block, and that the model has a place for.
+
+    transformers leaves out what some checkpoints hold beside it, such as blocks that predict tokens further on.
+    """
+    left_out = architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
+    return {
+        name
+        for name in names
+        if _block_of(architecture, name) is None and not any(re.search(pattern, name) for pattern in left_out)
+    }
 
 
 def span_config(config: PretrainedConfig, span: BlockSpan) -> PretrainedConfig:

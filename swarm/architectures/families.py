@@ -17,6 +17,7 @@ class Family:
     tuples: its blocks return tuples, of which the hidden states are the first.
     arguments: what it passes to its blocks by position.
     note: what it needs, in words.
+    every_expert: its experts compute every token, those that were not chosen from zeros.
     linear: the name of its own class of linear layers, if it has one that computes what torch's does.
     """
 
@@ -27,6 +28,7 @@ class Family:
     applied: tuple[str, ...] = ()
     tuples: bool = False
     arguments: tuple[str, ...] = ("hidden_states", "attention_mask", "past_key_values", "position_ids")
+    every_expert: bool = False
     linear: str | None = None
     note: str = ""
 
@@ -65,7 +67,9 @@ FAMILIES: dict[str, Family] = {
         arguments=("hidden_states", "past_key_values", "attention_mask", "encoder_hidden_states"),
         note="embeddings of positions are the client's",
     ),
-    "llama4_text": Family(base="model", note="chunked attention; queries that are scaled by their position"),
+    "llama4_text": Family(
+        base="model", every_expert=True, note="chunked attention; queries that are scaled by their position"
+    ),
     "opt": Family(
         base="model.decoder",
         base_class="OPTDecoder",

@@ -184,6 +184,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "gpt2/mistral": {"tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": True},
     "gpt_neox/serial": {"use_parallel_residual": False},
+    "hunyuan_v1_dense/alpha": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}
+    },
     "opt/350m": {"tie_word_embeddings": True, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
     "stablelm/parallel": {"use_parallel_residual": True},
 }

@@ -51,6 +51,25 @@ def test_sessions_in_one_batch_have_the_hidden_states_of_plain_transformers(
         assert replay.cache.is_contiguous(long.row) is not scattered
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "gpt2", "llama4_text", "opt"])
+def test_blocks_that_are_changed_here_are_also_where_layers_are_packed(
+    model_type: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hidden_at_boundaries: Callable[..., list[torch.Tensor]],
+    make_replay: Callable[..., Any],
+) -> None:
+    """Which larger layers are on most processors, so it must not hang on the layers that were there before."""
+    monkeypatch.setattr("swarm.server.packed_linear._is_faster", lambda layers: True)
+    model, checkpoint = saved_model(tiny_config(model_type), tmp_path)
+    (reference,) = (hidden_at_boundaries(model, ids) for ids in prompts(21))
+    for span in spans_of(checkpoint):
+        replay = make_replay(span, cache_tokens=64)
+        session = replay.open(reference)
+        for num_tokens in (9, 11, 1):
+            replay.run((session, num_tokens))
+
+
 @pytest.mark.parametrize("model_type", families())
 def test_a_decoding_batch_of_fixed_shape_gives_the_same(
     model_type: str,

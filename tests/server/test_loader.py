@@ -154,6 +154,20 @@ def test_of_a_mixture_only_the_spans_experts_are_read(tmp_path: Path, monkeypatc
     assert sorted(seen) == sorted(wanted)  # each of them once
 
 
+def test_experts_that_were_fused_are_not_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what may be a view of the file is, where the other layers are packed: experts are most of a mixture."""
+    _, checkpoint = saved_model(tiny_config("mixtral"), tmp_path)
+    copied: list[int] = []
+    monkeypatch.setattr("swarm.server.packed_linear._is_faster", lambda layers: True)
+    for module in ("loader", "block_loader"):
+        monkeypatch.setattr(
+            f"swarm.server.{module}.let_go_of_file", lambda views: copied.extend(view.dim() for view in views)
+        )
+    blocks = BlockSpan(start=2, end=3)
+    load_span(checkpoint, blocks, dtype=torch.float32, quantization="none", device=torch.device("cpu"))
+    assert copied and 3 not in copied
+
+
 def test_a_tensor_that_a_checkpoint_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, checkpoint = saved_model(tiny_config("llama"), tmp_path)
     names = checkpoint.tensor_names() - {"model.layers.3.mlp.up_proj.weight"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
+from tiny_families import saved_model, tiny_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from swarm.checkpoint import Checkpoint, open_checkpoint
@@ -17,6 +18,7 @@ from swarm.server.batch import RowChunk
 from swarm.server.kv_cache import KVCache, RowCache
 from swarm.server.loader import load_span
 from swarm.server.numerics import numerics_tag
+from swarm.server.quantization import unquantized_weights
 from swarm.server.span import Span
 
 CPU = torch.device("cpu")
@@ -223,6 +225,16 @@ def test_sizes_that_bitsandbytes_cannot_repack_are_served(tmp_path: Path) -> Non
     (row,) = cache.admit(1, 4)
     cache.grow(row, 3)
     assert span.forward(torch.randn(3, 48), [RowChunk(row, 0, 3, 0, 2)], cache).isfinite().all()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "gpt2", "llama4_text", "opt"])
+def test_families_whose_blocks_are_changed_load_quantised(model_type: str, quantization: Any, tmp_path: Path) -> None:
+    _, checkpoint = saved_model(tiny_config(model_type), tmp_path)
+    span = BlockSpan(start=3, end=4)  # of Llama 4, the one without rotary embeddings
+    loaded = load_span(checkpoint, span, dtype=torch.float32, quantization=quantization, device=torch.device("cpu"))
+    left = unquantized_weights(loaded.modules)
+    assert all("experts" in name or "router" in name for name in left), left
 
 
 def test_experts_that_stay_unquantised_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from tiny_families import ALWAYS, saved_model, spans_of, tiny_config
 
 from swarm.architectures import FAMILIES
 from swarm.checkpoint import Checkpoint
-from swarm.client.model import AutoSwarmModelForCausalLM
+from swarm.client.model import AutoSwarmModelForCausalLM, AutoSwarmModelForSequenceClassification
 from swarm.data_structures import BlockSpan
 from swarm.errors import NotSupported
 from swarm.server import self_test
@@ -87,6 +87,22 @@ def test_each_kind_of_block_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tried == [1, 3]  # dense, and experts
 
 
+@pytest.mark.usefixtures("untested")
+def test_weights_of_one_block_at_a_time_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    error_of = self_test._error_and_size
+
+    def noting(*arguments: Any) -> tuple[float, int]:
+        whole = arguments[4]
+        held.append(sum(parameter.device.type != "meta" for parameter in whole.parameters()))
+        return error_of(*arguments)
+
+    monkeypatch.setattr(self_test, "_error_and_size", noting)
+    _, checkpoint = saved_model(tiny_config("deepseek_v3"), tmp_path)
+    load(checkpoint)
+    assert held == [0, 0]
+
+
 def test_tested_families_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_test, "_difference", lambda *_: pytest.fail("it was tried"))
     _, checkpoint = saved_model(tiny_config("llama"), tmp_path)
@@ -138,6 +154,39 @@ def test_a_client_that_hands_its_blocks_more_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr(LlamaModel, "forward", with_more)
     with pytest.raises(NotSupported, match="hands its blocks something that servers do not get: per_layer_inputs"):
         AutoSwarmModelForCausalLM.from_pretrained(tmp_path, initial_peers=[PEER])
+
+
+@pytest.mark.usefixtures("untested", "alone")
+def test_a_client_whose_blocks_are_not_told_what_is_masked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    saved_model(tiny_config("llama"), tmp_path)
+
+    def without_masks(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        hidden = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+    monkeypatch.setattr(LlamaModel, "forward", without_masks)
+    with pytest.raises(NotSupported, match="does not tell its blocks which tokens are masked"):
+        AutoSwarmModelForCausalLM.from_pretrained(tmp_path, initial_peers=[PEER])
+
+
+@pytest.mark.usefixtures("untested", "alone")
+def test_classifiers_are_tried_as_well(tmp_path: Path) -> None:
+    saved_model(tiny_config("llama"), tmp_path / "llama")
+    AutoSwarmModelForSequenceClassification.from_pretrained(tmp_path / "llama", initial_peers=[PEER], num_labels=3)
+    saved_model(tiny_config("diffllama"), tmp_path / "other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swarm.client.self_test._difference", lambda *_: "it is another thing")
+        with pytest.raises(NotSupported, match="a trial of this one failed: it is another thing"):
+            AutoSwarmModelForSequenceClassification.from_pretrained(
+                tmp_path / "other", initial_peers=[PEER], num_labels=3
+            )
 
 
 def test_weights_that_the_clients_part_lacks_are_named(

@@ -63,6 +63,20 @@ def test_every_family_stores_what_was_predicted(model_type: str, tmp_path: Path)
         assert sum(tensor.nbytes for tensor in storage if tensor is not None) == (64 + 16) * size.cache_per_token
 
 
+def test_a_token_is_copied_for_each_of_its_experts() -> None:
+    """In Llama 4 for every one that there is, which takes gigabytes where there are 128."""
+
+    def activations(model_type: str, **settings: Any) -> int:
+        return size_of(tiny_config(model_type, **settings), torch.float32, "none").activations
+
+    assert activations("mixtral", num_local_experts=32) == activations("mixtral", num_local_experts=4)
+    copies = 1024 * 4 * (2 * 32 + 3 * 48)  # hidden states before and after, and between the products
+    more = activations("mixtral", num_experts_per_tok=4) - activations("mixtral", num_experts_per_tok=2)
+    assert 2 * copies <= more <= 2 * 3 * copies
+    more = activations("llama4_text", num_local_experts=32) - activations("llama4_text", num_local_experts=4)
+    assert 28 * copies <= more <= 28 * 3 * copies
+
+
 def test_compressed_attention_is_stored_unfolded() -> None:
     """Multi-head latent attention: transformers hands out keys and values of every head."""
     config = AutoConfig.for_model(

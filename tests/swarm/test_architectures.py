@@ -108,7 +108,7 @@ def test_models_with_a_state_are_refused(model_type):
         architecture_of(AutoConfig.for_model(model_type))
 
 
-@pytest.mark.parametrize("model_type", ["t5", "gemma3", "llama4"])
+@pytest.mark.parametrize("model_type", ["t5", "gemma3", "llama4", "musicgen"])
 def test_models_that_are_not_only_language_models_are_refused(model_type):
     with pytest.raises(NotSupported, match=rf"^models of type '{model_type}' are not plain causal language models"):
         architecture_of(AutoConfig.for_model(model_type))
@@ -121,6 +121,20 @@ def test_names_of_a_base_model_that_lies_deeper():
         names = [f"{prefix}layers.3.fc1.weight", f"{prefix}embed_tokens.weight"]
         assert span_tensors(architecture, names, BlockSpan(start=3, end=4)) == {names[0]: "layers.0.fc1.weight"}
         assert client_tensors(architecture, names) == {names[1]}
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_attention_to_what_comes_after_is_refused(model_type):
+    """Gemma as an encoder: servers keep keys and values of what came before."""
+    with pytest.raises(NotSupported, match="see the tokens behind them"):
+        architecture_of(tiny_config(model_type, use_bidirectional_attention=True))
+
+
+def test_a_client_does_not_read_what_its_model_leaves_out():
+    """Blocks that predict tokens further on are no small part of some checkpoints."""
+    architecture = architecture_of(tiny_config("ernie4_5_moe"))
+    names = ["model.norm.weight", "model.mtp_block.0.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"]
+    assert client_tensors(architecture, names) == {"model.norm.weight"}
 
 
 def test_a_checkpoint_quantised_already_is_refused():
