@@ -75,6 +75,8 @@ def paged_attention(
         scaling = query.shape[-1] ** -0.5
     if (scaled := getattr(module, "scaled_queries", None)) is not None:  # see `families`
         query = scaled(query)
+    if sliding_window is None:
+        sliding_window = getattr(module, "masked_window", None)  # see `families`
     reach = Reach(sliding_window, _chunk_of(module))
     variant = Variant(scaling, reach, softcap, s_aux, key_bias, like_plain)
     if isinstance(flat_batch, WholeRows):

@@ -150,9 +150,18 @@ def _llama4(block: Any, number: int, config: Any) -> None:
     attention.scaled_queries = scaled
 
 
+def _window_in_masks(block: Any, number: int, config: Any) -> None:
+    """Only the masks of its base model know the window, and here there are none."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or kinds[number] == "sliding_attention":
+        block.self_attn.masked_window = config.sliding_window
+
+
 _PREPARE: dict[str, Callable[[Any, int, Any], None]] = {
     "bloom": _bloom,
     "falcon": _falcon,
     "gpt2": _gpt2,
     "llama4_text": _llama4,
+    "phimoe": _window_in_masks,
+    "qwen2_moe": _window_in_masks,
 }

@@ -37,7 +37,7 @@ _BY_THEIR_PLAN = """
 apertus arcee bitnet cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo
 gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_oss granite granite_swa granitemoe
 granitemoeshared helium hunyuan_v1_dense hyperclovax internlm3 jais2 llama minimax_m2 ministral
-ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
+ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen3 qwen3_moe
 seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
 """
 
@@ -79,6 +79,8 @@ FAMILIES: dict[str, Family] = {
         note="embeddings of positions, and projections around the blocks, are the client's",
     ),
     "persimmon": Family(parts=("embed_tokens", "layers", "final_layernorm"), note="the name of its norm"),
+    "phimoe": Family(note="windows that only its masks tell of"),
+    "qwen2_moe": Family(note="windows that only its masks tell of"),
 }
 
 #: Model types whose spans are tested to give the whole model's logits (tests/test_families.py).

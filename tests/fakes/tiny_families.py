@@ -188,6 +188,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 50.0}
     },
     "opt/350m": {"tie_word_embeddings": True, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "phimoe/window": {"sliding_window": WINDOW},
+    "qwen2_moe/windows": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3},
     "stablelm/parallel": {"use_parallel_residual": True},
 }
 
