@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 #: Thread counts that the baseline may choose from, and runs of each before it chooses.
 LOCAL_THREADS = (1, 2)
 CALIBRATION_RUNS = 3
+#: Families whose plain models are right with transformers' eager attention only.
+_EAGER = frozenset({"bloom", "gemma2", "gpt_oss"})
 
 
 def decode(
@@ -193,7 +195,10 @@ def choose_threads(report: Report, run: Callable[[], Generation]) -> int:
 
 
 def load_local(checkpoint: Checkpoint, dtype: str, quantization: Quantization = "none", device: str = "cpu") -> Any:
-    """Plain transformers with these weights, quantised as servers do it."""
+    """Plain transformers with these weights, quantised as servers do it.
+
+    With PyTorch's fused attention, but for families that lack it or lose something by it (soft caps, sinks).
+    """
     from transformers import AutoModelForCausalLM
 
     from swarm.quiet import quiet_loading
@@ -202,7 +207,7 @@ def load_local(checkpoint: Checkpoint, dtype: str, quantization: Quantization = 
 
     from .bench_generation import never_ending
 
-    options: dict[str, Any] = {}
+    config, options = checkpoint.config, dict[str, Any]()
     if quantization != "none":
         options["quantization_config"] = quantization_config(quantization, DTYPES[dtype])
     if quantization != "none" or device != "cpu":
@@ -212,7 +217,7 @@ def load_local(checkpoint: Checkpoint, dtype: str, quantization: Quantization = 
             checkpoint.source,
             revision=checkpoint.revision,
             dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
+            attn_implementation="eager" if config.model_type in _EAGER else "sdpa",
             **options,
         )
     return never_ending(model.eval())

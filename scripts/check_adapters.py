@@ -27,7 +27,7 @@ def check_adapters(model: str, kind: Kind, device: str) -> bool:
     """Prompts and decoding steps of mixed rows; prints a line. False if a row depends too much on its company."""
     import torch
 
-    from swarm.architectures import num_blocks
+    from swarm.architectures import compresses, num_blocks
     from swarm.checkpoint import open_checkpoint
     from swarm.data_structures import BlockSpan
     from swarm.server.kv_cache import KVCache
@@ -44,7 +44,8 @@ def check_adapters(model: str, kind: Kind, device: str) -> bool:
     )
     cache = KVCache(len(blocks), 4096, 16, span.device, span.dtype)
     forms = [made_adapter(span, name, seed) for seed, name in enumerate(KINDS)]
-    forms.append(made_prefix(span, checkpoint.config, PREFIX_TOKENS))
+    if not compresses(checkpoint.config):  # keys and values that a model compresses have no place for a prefix
+        forms.append(made_prefix(span, checkpoint.config, PREFIX_TOKENS))
     adapters: list[Adapter | None] = [span.adapters.add(form, cache) for form in forms]
     rows = [None, *adapters, *reversed(adapters)]
     chance = torch.Generator().manual_seed(0)

@@ -204,7 +204,7 @@ def check_graph(model: str, *, device: str, new_tokens: int, num_rows: int = 4) 
     blocks = BlockSpan(start=0, end=num_blocks(checkpoint.config))
     span = load_span(checkpoint, blocks, dtype=torch.bfloat16, quantization="none", device=where)
     plain = load_local(checkpoint, "bfloat16", device=device)
-    base = plain.base_model
+    embed, head = plain.get_input_embeddings(), plain.get_output_embeddings()
     page_size, num_pages = 16, 8  # of each row
     cache = KVCache(len(blocks), 4 * num_rows * num_pages * page_size, page_size, where, torch.bfloat16)
     batch = DecodeBatch(num_rows, num_pages, cache, where)
@@ -216,16 +216,17 @@ def check_graph(model: str, *, device: str, new_tokens: int, num_rows: int = 4) 
 
     @torch.inference_mode()
     def generate(run: Callable[[], torch.Tensor]) -> list[list[int]]:
-        """Prompts of different lengths, then greedy tokens through `run`."""
+        """Prompts of different lengths, then greedy tokens through `run`, of the blocks alone: what a family does to
+        embeddings and outputs is left out."""
         rows = cache.admit(num_rows, num_pages * page_size)
         texts: list[list[int]] = [[] for _ in rows]
         for index, row in enumerate(rows):
             length = PROMPT_TOKENS + 7 * index
             prompt = torch.arange(index, index + length, device=where)
             cache.grow(row, length)
-            hidden = span.forward(base.embed_tokens(prompt), [RowChunk(row, 0, length, 0, len(blocks))], cache)
+            hidden = span.forward(embed(prompt), [RowChunk(row, 0, length, 0, len(blocks))], cache)
             row.length = length
-            texts[index].append(int(plain.lm_head(base.norm(hidden[-1])).argmax()))
+            texts[index].append(int(head(hidden[-1]).argmax()))
         for _ in range(new_tokens - 1):
             chunks = []
             for row in rows:
@@ -233,8 +234,8 @@ def check_graph(model: str, *, device: str, new_tokens: int, num_rows: int = 4) 
                 chunks.append(RowChunk(row, row.length, 1, 0, len(blocks)))
                 row.length += 1
             batch.fill(chunks)
-            static_input.copy_(base.embed_tokens(torch.tensor([text[-1] for text in texts], device=where)))
-            for text, token in zip(texts, plain.lm_head(base.norm(run())).argmax(-1).tolist(), strict=True):
+            static_input.copy_(embed(torch.tensor([text[-1] for text in texts], device=where)))
+            for text, token in zip(texts, head(run()).argmax(-1).tolist(), strict=True):
                 text.append(token)
         cache.release(rows)
         return texts

@@ -45,12 +45,11 @@ def made_adapter(span: Span, kind: str, seed: int) -> AdapterForms:
 
 def made_prefix(span: Span, config: Any, num_tokens: int, seed: int = 0) -> AdapterForms:
     """Keys and values of so many tokens in front of every row. config: of the model."""
+    from swarm.architectures import head_sizes
     from swarm.server.adapters.forms import AdapterForms, BlockForms, KeyValuePrefix
 
-    text, chance = config.get_text_config(), torch.Generator().manual_seed(seed)
-    heads = text.num_key_value_heads or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    shape = len(span.blocks), heads, num_tokens, head_dim
+    chance, sizes = torch.Generator().manual_seed(seed), head_sizes(config)
+    shape = len(span.blocks), sizes.kv_heads, num_tokens, sizes.key
     keys, values = (_normal(span, chance, *shape).to(span.dtype) for _ in range(2))
     return AdapterForms([BlockForms() for _ in span.blocks.blocks()], KeyValuePrefix(keys, values))
 
