@@ -27,7 +27,7 @@ def load_frame(architecture: Architecture, config: PretrainedConfig, options: di
     config.num_hidden_layers = 0
     with quiet_loading():
         model = architecture.base_class.from_pretrained(None, config=config, state_dict={}, **options)
-    silence_surroundings(model, architecture)
+    silence_surroundings(model, architecture, torch.device(options.get("device_map", "cpu")))
     model.config.num_hidden_layers = num_blocks
     return model
 

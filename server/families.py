@@ -7,6 +7,7 @@ tokens stand before, which a flattened batch does not tell, a block that was loa
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from types import MethodType
@@ -26,17 +27,23 @@ Output = tuple[torch.Tensor, None]
 class AddsNothing(nn.Module):
     """Stands for what a base model adds to its embeddings: the client has done that."""
 
+    nothing: torch.Tensor
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.register_buffer("nothing", torch.zeros((), device=device), persistent=False)
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(())
+        return self.nothing
 
 
-def silence_surroundings(model: Any, architecture: Architecture) -> None:
+def silence_surroundings(model: Any, architecture: Architecture, device: torch.device) -> None:
     """Let everything around the blocks of a base model do nothing: final norm, and what happens to the embeddings."""
     for name in (architecture.norm, *architecture.applied):
         if getattr(model, name) is not None:  # not every model of a family has all of them
             setattr(model, name, nn.Identity())
     for name in architecture.added:
-        setattr(model, name, AddsNothing())
+        setattr(model, name, AddsNothing(device))
 
 
 @contextlib.contextmanager
@@ -65,10 +72,8 @@ def prepare_block(block: nn.Module, number: int, config: Any) -> None:
 
 
 def _bloom(block: Any, number: int, config: Any) -> None:
-    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes, dropout_add
-
     def bias(num_keys: int, like: torch.Tensor) -> torch.Tensor:
-        slopes = _get_alibi_slopes(config.n_head, like.device)[:, None, None]
+        slopes = _alibi_slopes(config.n_head, like.device)[:, None, None]
         return (slopes * torch.arange(num_keys, device=like.device)).to(like.dtype)
 
     def forward(
@@ -78,9 +83,21 @@ def _bloom(block: Any, number: int, config: Any) -> None:
         output, _ = paged_attention(
             self, query, key, value, None, scaling=self.inv_norm_factor, key_bias=bias, like_plain=True
         )
-        return dropout_add(self.dense(output.flatten(2)), residual, self.hidden_dropout, self.training), None
+        return residual + self.dense(output.flatten(2)), None
 
     block.self_attention.forward = MethodType(forward, block.self_attention)
+
+
+def _alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
+    """How steep the bias of each head is, [heads], float32 (Press et al., ICLR 2022, section 3)."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    numbers = torch.arange(1, 1 + power, device=device, dtype=torch.int32)
+    slopes = torch.pow(torch.full((), 2.0 ** -(2.0 ** (3 - math.log2(power))), device=device), numbers)
+    if power == num_heads:
+        return slopes
+    between = torch.arange(1, 1 + 2 * (num_heads - power), 2, device=device, dtype=torch.int32)
+    more = torch.pow(torch.full((), 2.0 ** -(2.0 ** (2 - math.log2(power))), device=device), between)
+    return torch.cat([slopes, more])
 
 
 def _falcon(block: Any, number: int, config: Any) -> None:
