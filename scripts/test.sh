@@ -13,4 +13,4 @@ progress "mypy"
 .venv/bin/mypy --no-error-summary -p swarm
 progress "pytest"
 # Two at a time, a file's tests in order: most of them wait for server processes half of the time.
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
