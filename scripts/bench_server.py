@@ -144,8 +144,8 @@ class BenchServer(Server):
         speed = self._slowness.applied_to(loaded.speed, len(span))
         return loaded._replace(span=SlowSpan(loaded.span, self._slowness), speed=speed)
 
-    async def _host(self, span: BlockSpan) -> None:
-        await super()._host(span)
+    async def _open(self, loaded: Loaded) -> None:
+        await super()._open(loaded)
         engine = self._handler.engine
         engine.submit = Drops(engine, self._handler, self._drop_rate, self._seed).submit  # type: ignore[method-assign]
 

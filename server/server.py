@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import swarm
 from swarm.architectures import architecture_of, span_tensors
@@ -32,6 +33,8 @@ from .setup import Setup, open_model, set_up
 from .speed_store import Speed
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 #: A server that chooses its blocks waits so many seconds for others who choose at the same moment, and chooses anew
 #: so many times at most.
@@ -122,11 +125,11 @@ class Server:
             pass_timeout=config.pass_timeout,
             max_pass_tokens=config.max_pass_tokens,
         )
-        self._take(config.blocks or await self._choose_span())
+        await self._choose_span()
         await self._announcer.start()  # before loading, which may take longer than an announcement lives
         await self._handler.register(self.node.p2p)
         self.node.on_new_relays = self._announcer.touch
-        await self._host(self.span)
+        await self._load_and_serve()
         self._start_moving()
         return await self.node.ready_address()
 
@@ -147,20 +150,25 @@ class Server:
         with contextlib.suppress(NetworkError):
             await self.announce(state)
 
-    async def _choose_span(self) -> BlockSpan:
-        """The part of the model that this server had before a restart, or that the swarm holds worst, announced.
+    async def _choose_span(self) -> None:
+        """Take the owner's choice; else the part of the model that this server had before a restart, or that the swarm
+        holds worst, and announce it. Raises NetworkError.
 
         Others may choose at the same moment, as when a whole swarm starts: all of them look again whether somebody else
         took the same, and some choose anew.
         """
+        if self.config.blocks is not None:
+            self._take(self.config.blocks)
+            return
         me, whole, num_wanted = self.node.peer_id, self.model.num_blocks, self._setup.sizes.num_blocks
-        others = [record for record in await self.records() if record.peer_id != me]
+        records, own = await asyncio.gather(self.records(), self._directory.own(self.model.fingerprint))
+        others = [record for record in records if record.peer_id != me]
         seen = {record.peer_id for record in others}
-        former = resume_span(whole, num_wanted, others, await self._directory.own(self.model.fingerprint))
+        former = resume_span(whole, num_wanted, others, own)
         if former is not None:
             self._take(former)
             await self.announce(ServerState.JOINING)
-            return former
+            return
         self._take(choose_span(whole, num_wanted, others))
         for _ in range(_MAX_CHOICES):
             await self.announce(ServerState.JOINING)
@@ -172,7 +180,6 @@ class Server:
             if span == self.span:
                 break
             self._take(span)
-        return self.span
 
     def _take(self, span: BlockSpan) -> None:
         """From now on this is what is announced, with the speed that so many blocks had here before."""
@@ -180,18 +187,27 @@ class Server:
         self._known_speed = self._setup.known_speed(span)
 
     async def _host(self, span: BlockSpan) -> None:
-        """Load these blocks, and serve them from now on. Then none are served if it raises.
+        """Announce these blocks, and `_load_and_serve` them."""
+        self._take(span)
+        await self._announce_quietly(ServerState.JOINING)
+        await self._load_and_serve()
+
+    async def _load_and_serve(self) -> None:
+        """Load the blocks that are announced, and serve them from now on. If it raises, none are served.
 
         Raises ModelNotFound, NotSupported, UsageError or AdapterError.
         """
-        self._take(span)
-        await self._announce_quietly(ServerState.JOINING)
+        span = self.span
+        await self._open(await self._while_wanted(lambda progress: self._load(span, progress)))
+
+    async def _while_wanted(self, load: Callable[[Progress], Result]) -> Result:
+        """What `load` returns, in a thread of its own. It is stopped where it tells its progress next once whoever
+        waits for it does not wait any more."""
         progress = StoppableProgress(self._progress)
         try:
-            loaded = await in_daemon_thread(lambda: self._load(span, progress))
+            return await in_daemon_thread(lambda: load(progress))
         finally:
-            progress.stop()  # whoever does not wait for it any more does not want it
-        await self._open(loaded)
+            progress.stop()
 
     async def _open(self, loaded: Loaded) -> None:
         assert self._announcer is not None
@@ -258,19 +274,15 @@ class Server:
         """
         checkpoint = self._setup.checkpoint
         names = span_tensors(architecture_of(checkpoint.config), checkpoint.tensor_names(), span)
-        progress = StoppableProgress(self._progress)
 
-        def fetch() -> bool:
+        def fetch(progress: Progress) -> bool:
             if checkpoint.missing(names) == 0:
                 return False
             self._report(f"fetching blocks {span}, where the swarm needs this server more")
             checkpoint.fetch(names, progress)
             return True
 
-        try:
-            return await in_daemon_thread(fetch)
-        finally:
-            progress.stop()  # whoever does not wait for it any more does not want it
+        return await self._while_wanted(fetch)
 
     async def move(self, span: BlockSpan) -> bool:
         """Drain, and serve these blocks instead. If they cannot be loaded, the old ones again, and False is returned.
@@ -316,7 +328,8 @@ class Server:
 
     async def _come_back(self) -> None:
         try:
-            await self._host(self.config.blocks or await self._choose_span())
+            await self._choose_span()
+            await self._host(self.span)
         except BaseException:
             await self._announce_quietly(ServerState.OFFLINE)
             raise
