@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from swarm.architectures import Architecture, untested_refusal
+from swarm.architectures import Architecture, refuse_unless_alike
 
 #: What a model may hand to its blocks beside hidden states: all of it follows from positions and masks, as servers know
 #: them. Anything else (embeddings of its own for each block, say) would not reach them.
@@ -33,12 +33,7 @@ class _Recorder(nn.Module):
 
 def check_untested(model: Any, architecture: Architecture) -> None:
     """model: of the client, without blocks. It is as before when this returns. Raises NotSupported."""
-    try:
-        differs = _difference(model, architecture)
-    except Exception as error:  # a family's own code may fail in any way
-        differs = f"{type(error).__name__}: {error}"
-    if differs is not None:
-        raise untested_refusal(architecture.model_type, differs)
+    refuse_unless_alike(architecture.model_type, lambda: _difference(model, architecture))
 
 
 @torch.inference_mode()

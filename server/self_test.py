@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from swarm.architectures import Architecture, block_config, head_sizes, num_blocks, span_config, untested_refusal
+from swarm.architectures import Architecture, block_config, head_sizes, num_blocks, refuse_unless_alike, span_config
 from swarm.checkpoint import Checkpoint
 from swarm.data_structures import BlockSpan
 
@@ -37,12 +37,7 @@ CPU = torch.device("cpu")
 
 def check_untested(checkpoint: Checkpoint, architecture: Architecture, span: BlockSpan) -> None:
     """Raises NotSupported, which says what differs, unless these blocks can be served. In float32, on the CPU."""
-    try:
-        differs = _difference(checkpoint, architecture, span)
-    except Exception as error:  # a family's own code may fail in any way
-        differs = f"{type(error).__name__}: {error}"
-    if differs is not None:
-        raise untested_refusal(architecture.model_type, differs)
+    refuse_unless_alike(architecture.model_type, lambda: _difference(checkpoint, architecture, span))
 
 
 def traits(block: nn.Module) -> dict[str, Any]:

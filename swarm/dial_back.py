@@ -36,7 +36,7 @@ from pydantic import Field
 from .addresses import binary_maddr, check_announce_address, ip_of, relay_of
 from .data_structures import Frozen
 from .errors import BadAddress, NetworkError
-from .p2p_daemon import P2PDaemon, socket_root
+from .p2p_daemon import P2PDaemon, join_daemon, socket_root
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +168,7 @@ async def _dial(peer: PeerID, targets: list[Multiaddr]) -> bool:
         arguments = [f"-listen=/unix{control}", "-noListenAddrs=1", f"-idleTimeout={_START_TIMEOUT:g}s"]
         daemon = await P2PDaemon.start(arguments, _START_TIMEOUT)
         try:
-            p2p_class: type[P2P] = type("P2PInFolder", (P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
-            p2p = await p2p_class.replicate(Multiaddr(f"/unix{control}"))
+            p2p = await join_daemon(P2P, Path(folder), control)
             try:
                 async with asyncio.timeout(DIAL_TIMEOUT):
                     await p2p._client.connect(peer, targets)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
-from hivemind.utils.multiaddr import Multiaddr
 
 from .addresses import (
     binary_maddr,
@@ -30,7 +29,7 @@ from .errors import BadAddress, NetworkError, PortInUse
 from .identity import Identity
 from .join import InitialPeers
 from .membership import SwarmKey
-from .p2p_daemon import P2PDaemon, node_arguments, socket_root
+from .p2p_daemon import P2PDaemon, join_daemon, node_arguments, socket_root
 from .ports import check_ports_are_free
 from .private_control import make_private
 from .reachability import Reachability
@@ -163,12 +162,8 @@ class Node:
         self._rejoining = asyncio.create_task(peers.keep_joined(self.config.rejoin_period))
 
     async def _connect_to_daemon(self, folder: Path, control: Path, key: SwarmKey | None) -> WayfindingP2P:
-        # P2P puts the socket for incoming streams at a class-wide prefix; ours lies in the private folder.
-        p2p_class: type[WayfindingP2P] = type(
-            "P2PInFolder", (WayfindingP2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"}
-        )
         try:
-            p2p: WayfindingP2P = await p2p_class.replicate(Multiaddr(f"/unix{control}"))
+            p2p = await join_daemon(WayfindingP2P, folder, control)
             if key is None:
                 await make_sturdy(p2p, SturdyControl)
             else:

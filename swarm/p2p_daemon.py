@@ -15,12 +15,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import hivemind
+from hivemind.p2p import P2P
+from hivemind.utils.multiaddr import Multiaddr
 
 from .errors import NetworkError
 
 logger = logging.getLogger(__name__)
+
+AnyP2P = TypeVar("AnyP2P", bound=P2P)
 
 _P2PD = Path(hivemind.__file__).parent / "hivemind_cli" / "p2pd"
 
@@ -151,6 +156,16 @@ def node_arguments(control: Path, identity: Path, idle_timeout: float, host_madd
     }
     arguments |= {"hostAddrs": ",".join(host_maddrs)} if host_maddrs else {"noListenAddrs": "1"}
     return [f"-{name}={value}" for name, value in arguments.items()]
+
+
+async def join_daemon(kind: type[AnyP2P], folder: Path, control: Path) -> AnyP2P:
+    """A P2P of this kind, connected to the p2pd behind the socket `control`.
+
+    P2P puts the socket for incoming streams at a class-wide prefix; here it lies in `folder`.
+    """
+    in_folder: type[AnyP2P] = type("P2PInFolder", (kind,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
+    joined: AnyP2P = await in_folder.replicate(Multiaddr(f"/unix{control}"))
+    return joined
 
 
 def socket_root() -> str | None:

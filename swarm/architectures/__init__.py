@@ -6,7 +6,7 @@ no blocks. transformers names the parts in each configuration's `base_model_pp_p
 say.
 """
 
-from .architecture import Architecture, architecture_of, num_blocks, untested_refusal
+from .architecture import Architecture, architecture_of, num_blocks, refuse_unless_alike, untested_refusal
 from .cutting import (
     block_config,
     check_span,
@@ -35,6 +35,7 @@ __all__ = [
     "head_sizes",
     "num_blocks",
     "one_block_of_each_kind",
+    "refuse_unless_alike",
     "span_config",
     "span_tensors",
     "untested_refusal",

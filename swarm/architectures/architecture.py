@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,6 +108,19 @@ def untested_refusal(model_type: str, differs: str) -> NotSupported:
         f"models of type {model_type!r} are not among the tested ones, and a trial of this one failed: {differs}; "
         f"{_ADVICE}, or another release of transformers"
     )
+
+
+def refuse_unless_alike(model_type: str, difference: Callable[[], str | None]) -> None:
+    """Try a model of a type that is not tested. difference: says what differs from what it should be, None: nothing.
+
+    Raises NotSupported.
+    """
+    try:
+        differs = difference()
+    except Exception as error:  # a family's own code may fail in any way
+        differs = f"{type(error).__name__}: {error}"
+    if differs is not None:
+        raise untested_refusal(model_type, differs)
 
 
 def _is_of_text_alone(config: PretrainedConfig) -> bool:

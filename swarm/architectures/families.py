@@ -55,17 +55,14 @@ FAMILIES: dict[str, Family] = {
         linear="FalconLinear",
         note="alibi, and keys and values stored once for heads that share them, in an attention function of its own",
     ),
-    "gpt2": Family(
-        parts=("wte", "h", "ln_f"),
-        added=("wpe",),
-        arguments=("hidden_states", "past_key_values", "attention_mask", "encoder_hidden_states"),
-        note="embeddings of positions are the client's",
-    ),
-    "gpt_bigcode": Family(
-        parts=("wte", "h", "ln_f"),
-        added=("wpe",),
-        arguments=("hidden_states", "past_key_values", "attention_mask", "encoder_hidden_states"),
-        note="embeddings of positions are the client's",
+    **dict.fromkeys(
+        ("gpt2", "gpt_bigcode"),
+        Family(
+            parts=("wte", "h", "ln_f"),
+            added=("wpe",),
+            arguments=("hidden_states", "past_key_values", "attention_mask", "encoder_hidden_states"),
+            note="embeddings of positions are the client's",
+        ),
     ),
     "llama4_text": Family(
         base="model", every_expert=True, note="chunked attention; queries that are scaled by their position"
@@ -79,8 +76,7 @@ FAMILIES: dict[str, Family] = {
         note="embeddings of positions, and projections around the blocks, are the client's",
     ),
     "persimmon": Family(parts=("embed_tokens", "layers", "final_layernorm"), note="the name of its norm"),
-    "phimoe": Family(note="windows that only its masks tell of"),
-    "qwen2_moe": Family(note="windows that only its masks tell of"),
+    **dict.fromkeys(("phimoe", "qwen2_moe"), Family(note="windows that only its masks tell of")),
 }
 
 #: Model types whose spans are tested to give the whole model's logits (tests/test_families.py).
