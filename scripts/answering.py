@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from swarm.client.inference_session import InferenceSession
 from swarm.client.model import AutoSwarmModelForCausalLM
 from swarm.errors import ModelNotFound, SessionTooLong
-from swarm.progress import QUIET, Progress
+from swarm.progress import Progress
+from swarm.routing.chain import ChainLink
 
 #: What a tokenizer decodes bytes to that are not a whole character yet.
 _REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -57,18 +58,29 @@ class Answer:
             return None
         return (len(self.times) - 1) / max(self.times[-1] - self.times[0], 1e-9)
 
+    @property
+    def size_and_speed(self) -> str:
+        """For a person."""
+        rate = self.tokens_per_second
+        return f"{len(self.tokens)} tokens" + ("" if rate is None else f", {rate:.1f} tokens/s")
+
+
+def servers_of(links: Iterable[ChainLink]) -> str:
+    """Who serves which blocks, for a person."""
+    return ", ".join(f"{link.span} by ...{link.peer_id[-6:]}" for link in links)
+
 
 @contextmanager
 def connected(
     model: str,
     initial_peers: Sequence[str],
-    swarm_key: Path | None = None,
+    swarm_key: Path | None,
     *,
     revision: str | None,
     dtype: str,
     show_route: bool,
-    adapter: str | None = None,
-    progress: Progress = QUIET,
+    adapter: str | None,
+    progress: Progress,
 ) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer), connected to the swarm. Raises what `AutoSwarmModelForCausalLM.from_pretrained` raises."""
     transformers_logging.set_verbosity_error()  # its advice is for programmers

@@ -13,6 +13,7 @@ import typer
 
 from swarm.errors import SwarmError, UsageError
 
+from .joining import joined
 from .logs import Verbose, set_up_logging
 from .options import Adapter, InitialPeers, SwarmKeyFile, required_peers
 from .run_server import DType
@@ -52,36 +53,23 @@ def chat(
     verbose: Verbose = False,
 ) -> None:
     """Chat with a model over the swarm. Lines may also come from a pipe: one message each."""
-    from rich.console import Console
-
     peers = required_peers(initial_peers)
     set_up_logging(verbose)
-    console = Console(stderr=True)
-    with console.status("joining the swarm") as status:
+    connection = joined(
+        model, peers, swarm_key, revision=revision, dtype=dtype.value, show_route=show_route, adapter=adapter
+    )
+    with connection as (llm, tokenizer):
         from . import answering
-        from .loading_progress import of_client
 
-        connection = answering.connected(
-            model,
-            peers,
-            swarm_key,
-            revision=revision,
-            dtype=dtype.value,
-            show_route=show_route,
-            adapter=adapter,
-            progress=of_client(status, console),
-        )
-        with connection as (llm, tokenizer):
-            status.stop()
-            if not tokenizer.chat_template:
-                raise UsageError(f"{model} has no chat template; use swarm generate")
-            length = min(max_length, answering.context_length(llm) or max_length)
-            sampling = answering.Sampling(max_new_tokens, temperature, top_p, top_k)
-            figures = show_route or sys.stdin.isatty()
-            with Conversation(llm, tokenizer, length, sampling, system, figures=figures) as conversation:
-                talk(conversation)
-                if show_route:
-                    print(conversation.session.report(), file=sys.stderr)
+        if not tokenizer.chat_template:
+            raise UsageError(f"{model} has no chat template; use swarm generate")
+        length = min(max_length, answering.context_length(llm) or max_length)
+        sampling = answering.Sampling(max_new_tokens, temperature, top_p, top_k)
+        figures = show_route or sys.stdin.isatty()
+        with Conversation(llm, tokenizer, length, sampling, system, figures=figures) as conversation:
+            talk(conversation)
+            if show_route:
+                print(conversation.session.report(), file=sys.stderr)
 
 
 def talk(conversation: Conversation) -> None:
@@ -205,10 +193,9 @@ class Conversation:
 
 def describe(answer: Answer, chain: Chain) -> str:
     """How fast an answer came, and over which servers."""
-    rate = answer.tokens_per_second
-    speed = "" if rate is None else f", {rate:.1f} tokens/s"
-    servers = ", ".join(f"{link.span} by ...{link.peer_id[-6:]}" for link in chain)
-    return f"[{len(answer.tokens)} tokens{speed} over {servers}]"
+    from .answering import servers_of
+
+    return f"[{answer.size_and_speed} over {servers_of(chain)}]"
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ import typer
 
 from swarm.errors import UsageError
 
+from .joining import joined
 from .logs import Verbose, set_up_logging
 from .options import Adapter, InitialPeers, SwarmKeyFile, required_peers
 from .run_server import DType
@@ -48,43 +49,30 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Complete a prompt over the swarm, streaming to stdout. The route and the speed go to stderr."""
-    from rich.console import Console
-
     peers = required_peers(initial_peers)
     set_up_logging(verbose)
-    console = Console(stderr=True)
-    with console.status("joining the swarm") as status:
+    connection = joined(
+        model, peers, swarm_key, revision=revision, dtype=dtype.value, show_route=show_route, adapter=adapter
+    )
+    with connection as (llm, tokenizer):
         import torch
 
         from . import answering
-        from .loading_progress import of_client
 
         sampling = answering.Sampling(max_new_tokens, temperature, top_p, top_k)
-        connection = answering.connected(
-            model,
-            peers,
-            swarm_key,
-            revision=revision,
-            dtype=dtype.value,
-            show_route=show_route,
-            adapter=adapter,
-            progress=of_client(status, console),
+        tokens = encode(tokenizer, prompt, chat, model)
+        length = answering.session_length(
+            len(tokens), max_new_tokens, max_length=max_length, context=answering.context_length(llm)
         )
-        with connection as (llm, tokenizer):
-            status.stop()
-            tokens = encode(tokenizer, prompt, chat, model)
-            length = answering.session_length(
-                len(tokens), max_new_tokens, max_length=max_length, context=answering.context_length(llm)
-            )
-            if seed is not None:
-                torch.manual_seed(seed)
-            with llm.inference_session(max_length=length) as session:
-                write = (lambda text: None) if as_json else answering.write_to_stdout
-                answer = answering.answer(llm, tokenizer, session, tokens, sampling=sampling, write=write)
-                print(json.dumps(to_json(answer, session, tokens)) if as_json else "")
-                print(describe(answer, session), file=sys.stderr)
-                if show_route:
-                    print(session.report(), file=sys.stderr)
+        if seed is not None:
+            torch.manual_seed(seed)
+        with llm.inference_session(max_length=length) as session:
+            write = (lambda text: None) if as_json else answering.write_to_stdout
+            answer = answering.answer(llm, tokenizer, session, tokens, sampling=sampling, write=write)
+            print(json.dumps(to_json(answer, session, tokens)) if as_json else "")
+            print(describe(answer, session), file=sys.stderr)
+            if show_route:
+                print(session.report(), file=sys.stderr)
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool, model: str) -> list[int]:
@@ -103,14 +91,14 @@ def encode(tokenizer: Any, prompt: str, chat: bool, model: str) -> list[int]:
 
 def describe(answer: Answer, session: InferenceSession) -> str:
     """The figures of an answer, and what happened on its way, for a person."""
-    rate = answer.tokens_per_second
-    speed = "" if rate is None else f", {rate:.1f} tokens/s"
-    lines = [f"{len(answer.tokens)} tokens{speed}, the first after {answer.times[0]:.2f} s"]
+    from .answering import servers_of
+
+    lines = [f"{answer.size_and_speed}, the first after {answer.times[0]:.2f} s"]
     for replacement in session.replacements:
-        found = ", ".join(f"{link.span} by ...{link.peer_id[-6:]}" for link in replacement.found)
         lines.append(
             f"replaced server ...{replacement.lost.peer_id[-6:]} of blocks {replacement.lost.span} in "
-            f"{replacement.time:.2f} s ({found}; {replacement.replayed_tokens} tokens replayed): {replacement.reason}"
+            f"{replacement.time:.2f} s ({servers_of(replacement.found)}; {replacement.replayed_tokens} tokens "
+            f"replayed): {replacement.reason}"
         )
     return "\n".join(lines)
 

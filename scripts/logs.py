@@ -84,6 +84,11 @@ def say(text: str) -> None:
         print(f"{text} ...", file=sys.stderr, flush=True)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, for a person; its name if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def say_error(message: str) -> None:
     """Tell why a command ends, in one line."""
     if _writes_json():

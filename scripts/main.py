@@ -19,7 +19,7 @@ from swarm import __version__
 from swarm.errors import SwarmError, UsageError
 
 from .leaving import end_with
-from .logs import say_error
+from .logs import one_line, say_error
 from .options import spread_addresses
 
 
@@ -123,7 +123,7 @@ def report(run: Callable[[], Any]) -> int:
     except SwarmError as error:
         if os.environ.get("SWARM_DEBUG") == "1":
             raise
-        say_error(" ".join(str(error).split()) or type(error).__name__)
+        say_error(one_line(error))
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130

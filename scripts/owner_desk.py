@@ -14,6 +14,7 @@ from typing import Protocol
 
 from swarm.errors import ProtocolError, SwarmError, UsageError
 
+from .logs import one_line
 from .owner_folder import list_sockets, make_folder
 from .owner_messages import MAX_LINE, Action, OwnerAnswer, OwnerRequest, ServerStatus, request_from_line, to_line
 
@@ -56,7 +57,7 @@ class OwnerDesk:
         try:
             await self._do(request.action)
         except SwarmError as error:
-            return OwnerAnswer(server=self.status, error=" ".join(str(error).split())[:2000] or type(error).__name__)
+            return OwnerAnswer(server=self.status, error=one_line(error)[:2000])
         except Exception as error:
             logger.exception("could not %s", request.action)
             return OwnerAnswer(server=self.status, error=f"a bug, see the server's log: {error!r}"[:2000])
