@@ -151,8 +151,8 @@ class Server:
             await self.announce(state)
 
     async def _choose_span(self) -> None:
-        """Take the owner's choice; else the part of the model that this server had before a restart, or that the swarm
-        holds worst, and announce it. Raises NetworkError.
+        """Take the owner's choice. Without one, take the part of the model that this server had before a restart, or
+        that the swarm holds worst, and announce it. Raises NetworkError.
 
         Others may choose at the same moment, as when a whole swarm starts: all of them look again whether somebody else
         took the same, and some choose anew.
