@@ -11,26 +11,24 @@ from rich.table import Table
 from rich.text import Text
 
 from swarm.data_structures import ServerState
-from swarm.dht import ServerRecord
+from swarm.monitor.report import ModelReport, ServerReport
 
-from .health_summary import ModelHealth
 from .tables import table_console
 
 _STATE_STYLES = {ServerState.ONLINE: "green", ServerState.JOINING: "cyan", ServerState.DRAINING: "yellow"}
 
 
-def print_tables(summary: Iterable[ModelHealth], console: Console | None = None) -> None:
+def print_tables(models: Iterable[ModelReport], console: Console | None = None) -> None:
     """A headline, a bar of blocks and a table of servers for each model, on stdout."""
     console = console or table_console()
-    for health in summary:
-        console.print(_headline(health))
-        console.print(Padding(_bar(health.replicas), (0, 0, 0, 2)))
-        console.print(_table(health))
+    for model in models:
+        console.print(_headline(model))
+        console.print(Padding(_bar(model.replicas), (0, 0, 0, 2)))
+        console.print(_table(model))
 
 
-def _headline(health: ModelHealth) -> Text:
-    model = health.model
-    verdict = Text("complete", "green") if health.complete else Text("incomplete", "bold red")
+def _headline(model: ModelReport) -> Text:
+    verdict = Text("complete", "green") if model.complete else Text("incomplete", "bold red")
     return Text.assemble(
         (model.name, "bold"), f"  fingerprint {model.fingerprint[:12]}, {model.num_blocks} blocks, ", verdict
     )
@@ -45,7 +43,7 @@ def _bar(replicas: tuple[int, ...]) -> Text:
     return bar
 
 
-def _table(health: ModelHealth) -> Table:
+def _table(model: ModelReport) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for name in ("server", "peer", "blocks", "state"):
         table.add_column(name, overflow="fold")
@@ -54,23 +52,23 @@ def _table(health: ModelHealth) -> Table:
     table.add_column("numerics", overflow="fold")
     for name in ("rows", "cache tokens left", "round trip"):
         table.add_column(name, justify="right")
-    for server in health.servers:
-        table.add_row(*_row(server, health.round_trips.get(server.peer_id)))
+    for server in model.servers:
+        table.add_row(*_row(server))
     return table
 
 
-def _row(server: ServerRecord, round_trip: float | None) -> list[Text]:
-    info = server.info
+def _row(server: ServerReport) -> list[Text]:
+    rate = server.network_rate
     return [
-        Text(info.public_name or "-"),
+        Text(server.public_name or "-"),
         Text(f"...{server.peer_id[-8:]}"),
-        Text(str(info.span)),
-        Text(info.state.value, _STATE_STYLES.get(info.state, "")),
-        Text(f"{info.throughput:.1f}"),
-        Text("-" if info.forward_rate is None else f"{info.forward_rate:.0f}"),
-        Text("-" if info.network_rate is None else f"{info.network_rate / 1e6:.1f} MB/s"),
-        Text(info.numerics),
-        Text(f"{info.running_rows} + {info.waiting_rows}"),  # running and waiting
-        Text(str(info.cache_tokens_left)),
-        Text("-", "red") if round_trip is None else Text(f"{round_trip * 1000:.1f} ms"),
+        Text("{}:{}".format(*server.span)),
+        Text(server.state.value, _STATE_STYLES.get(server.state, "")),
+        Text(f"{server.throughput:.1f}"),
+        Text("-" if server.forward_rate is None else f"{server.forward_rate:.0f}"),
+        Text("-" if rate is None else f"{rate / 1e6:.1f} MB/s"),
+        Text(server.numerics),
+        Text(f"{server.running_rows} + {server.waiting_rows}"),  # running and waiting
+        Text(str(server.cache_tokens_left)),
+        Text("-", "red") if server.round_trip is None else Text(f"{server.round_trip * 1000:.1f} ms"),
     ]

@@ -14,7 +14,7 @@ from .options import InitialPeers, SwarmKeyFile, required_peers
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .health_summary import ModelHealth
+    from swarm.monitor.picture import ModelPicture
 
 
 def list_models(
@@ -32,37 +32,37 @@ def list_models(
 
     from .health import look
 
-    summary = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), swarm_key=swarm_key, listen=False)))
+    picture = uvloop.run(look(NodeConfig(initial_peers=tuple(peers), swarm_key=swarm_key, listen=False)))
     if as_json:
-        print(json.dumps(to_json(summary)))
+        print(json.dumps(to_json(picture.models)))
     else:
-        print_table(summary)
+        print_table(picture.models)
 
 
-def to_json(summary: Sequence[ModelHealth]) -> dict[str, Any]:
+def to_json(models: Sequence[ModelPicture]) -> dict[str, Any]:
     """servers: that are online and answer. replicas: of the block that fewest of them hold, at `weakest_blocks`."""
     from swarm.routing.snapshot import format_blocks
 
     return {
         "models": [
             {
-                "name": health.model.name,
-                "fingerprint": health.model.fingerprint,
-                "num_blocks": health.model.num_blocks,
-                "complete": health.complete,
-                "covered_blocks": health.model.num_blocks - len(health.missing_blocks),
-                "missing_blocks": format_blocks(health.missing_blocks),
-                "servers": len(health.serving),
-                "replicas": min(health.replicas),
-                "weakest_blocks": format_blocks(_weakest(health)),
-                "adapters": health.num_adapters,
+                "name": one.model.name,
+                "fingerprint": one.model.fingerprint,
+                "num_blocks": one.model.num_blocks,
+                "complete": one.complete,
+                "covered_blocks": one.model.num_blocks - len(one.missing_blocks),
+                "missing_blocks": format_blocks(one.missing_blocks),
+                "servers": len(one.serving),
+                "replicas": min(one.replicas),
+                "weakest_blocks": format_blocks(one.weakest_blocks),
+                "adapters": one.num_adapters,
             }
-            for health in summary
+            for one in models
         ]
     }
 
 
-def print_table(summary: Sequence[ModelHealth], console: Console | None = None) -> None:
+def print_table(pictures: Sequence[ModelPicture], console: Console | None = None) -> None:
     """On stdout. Names come from strangers, so they are printed as text and never as markup."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -71,7 +71,7 @@ def print_table(summary: Sequence[ModelHealth], console: Console | None = None) 
     from .tables import table_console
 
     console = console or table_console()
-    models = to_json(summary)["models"]
+    models = to_json(pictures)["models"]
     if not models:
         console.print("no server of this swarm serves any model")
         return
@@ -92,8 +92,3 @@ def print_table(summary: Sequence[ModelHealth], console: Console | None = None) 
             Text(str(model["adapters"])),
         )
     console.print(table)
-
-
-def _weakest(health: ModelHealth) -> list[int]:
-    fewest = min(health.replicas)
-    return [block for block, count in enumerate(health.replicas) if count == fewest]

@@ -110,6 +110,11 @@ class KVCache:
         return -(-tokens // self.page_size)
 
     @property
+    def capacity(self) -> int:
+        """Tokens that a single-row session could reserve in an empty cache."""
+        return self.num_pages * self.page_size
+
+    @property
     def tokens_left(self) -> int:
         """Tokens that a new single-row session could still reserve; never more than there are pages for."""
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -68,6 +69,7 @@ class Server:
         self._pausing = asyncio.Lock()
         self._moving_failed = asyncio.Event()
         self._known_speed: Speed | None = None  # of the blocks that are loaded now
+        self._started_at = int(time.time())
 
     async def start(self) -> str:
         """Join, load, announce. Returns the address under which others reach this server.
@@ -344,7 +346,7 @@ class Server:
 
     def _info(self) -> ServerInfo:
         """What this server announces, as it is now."""
-        hosting, announcer = self._hosting, self._announcer
+        hosting, announcer, sizes = self._hosting, self._announcer, self._setup.sizes
         speed = self._known_speed if hosting is None else hosting.speed
         load = Load(0, 0) if hosting is None else hosting.engine.load
         return ServerInfo(
@@ -359,7 +361,8 @@ class Server:
             busy_rows=None if hosting is None else hosting.busy_rows,
             session_rows=0 if hosting is None else hosting.session_rows,
             numerics=self._setup.numerics,
-            cache_tokens_left=self._setup.sizes.cache_tokens if hosting is None else hosting.cache_tokens_left,
+            cache_tokens=sizes.cache_tokens if hosting is None else hosting.cache.capacity,
+            cache_tokens_left=sizes.cache_tokens if hosting is None else hosting.cache_tokens_left,
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,
@@ -368,6 +371,8 @@ class Server:
             relays=self.node.relays[:MAX_RELAYS],
             adapters=() if hosting is None else hosting.adapters.infos,
             fetches_adapters=hosting is not None and hosting.adapters.fetches,
+            started_at=self._started_at,
+            announced_at=int(time.time()),
         )
 
     # --- the end ---

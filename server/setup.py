@@ -61,7 +61,12 @@ def set_up(
     """Raises UsageError or BadSpan."""
     dtype = choose_dtype(config.dtype, checkpoint.dtype, has_native_bfloat16(device))
     quantization = choose_quantization(config.quantization, device)
-    model = ModelInfo(name=checkpoint.name[:128], fingerprint=fingerprint, num_blocks=num_blocks(checkpoint.config))
+    model = ModelInfo(
+        name=checkpoint.name[:128],
+        fingerprint=fingerprint,
+        num_blocks=num_blocks(checkpoint.config),
+        hidden_size=checkpoint.config.get_text_config().hidden_size,
+    )
     if config.blocks is not None:
         check_span(config.blocks, model.num_blocks, checkpoint.name)
     size = block_size(

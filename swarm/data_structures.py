@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .errors import BadSpan
 
 #: Peers whose records carry another number do not mix with ours.
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 MAX_BLOCKS = 4096
 
@@ -73,11 +73,14 @@ class ServerState(StrEnum):
     OFFLINE = "offline"
 
 
-#: How a server computes: equal tags give equal tokens after a fail-over (in float32).
+#: How a server computes: equal tags give equal tokens after a fail-over (in float32). Its parts, with slashes between:
+#: dtype, quantisation and kind of device, then versions.
 NumericsTag = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\x21-\x7e]+$")]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 #: Rows of the decode steps whose times servers announce.
 DECODE_ROWS = (1, 4, 16)
+#: Unix time in seconds, by the clock of whoever says it.
+UnixTime = Annotated[int, Field(ge=0, lt=2**40)]
 DecodeTimes = Annotated[
     tuple[Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)], ...], Field(max_length=len(DECODE_ROWS))
 ]
@@ -138,13 +141,15 @@ class ServerInfo(Frozen):
     running_rows, waiting_rows: rows that the device works on now, and rows whose next tokens wait for it.
     busy_rows: both together, on average over the last seconds; None: not measured.
     session_rows: rows of the sessions that it holds, at work or not.
-    cache_tokens_left: how many tokens of new sessions it can still admit.
+    cache_tokens, cache_tokens_left: how many tokens of sessions it admits while it has none, and how many of new ones
+        now.
     next_pings: seconds of round trip to servers that hold the block after this span, by peer id.
     fixed: its owner chose its blocks, so it never moves to others.
     relayed: it can be reached through relays only, which are slow and may drop a connection.
     relays: the peer ids of those, the first that works is taken; empty while it looks for others.
     adapters: those that it has; of more than MAX_ANNOUNCED_ADAPTERS, those that were used last.
     fetches_adapters: it loads adapters of the hub when somebody asks for them; their names hold a "/".
+    started_at, announced_at: when its process started, and when it said this.
     """
 
     protocol_version: Annotated[int, Field(ge=0)] = PROTOCOL_VERSION
@@ -159,6 +164,7 @@ class ServerInfo(Frozen):
     waiting_rows: Annotated[int, Field(ge=0, le=2**31)] = 0
     busy_rows: Annotated[float, Field(ge=0, le=2**31, allow_inf_nan=False)] | None = None
     session_rows: Annotated[int, Field(ge=0, le=2**31)] = 0
+    cache_tokens: Annotated[int, Field(ge=0, le=2**40)] | None = None
     cache_tokens_left: Annotated[int, Field(ge=0, le=2**40)]
     public_name: Annotated[str, Field(max_length=64)] = ""
     software: Annotated[str, Field(max_length=32)] = ""
@@ -170,6 +176,8 @@ class ServerInfo(Frozen):
     relays: Annotated[tuple[PeerName, ...], Field(max_length=MAX_RELAYS)] = ()
     adapters: Annotated[tuple[AdapterInfo, ...], Field(max_length=MAX_ANNOUNCED_ADAPTERS)] = ()
     fetches_adapters: bool = False
+    started_at: UnixTime | None = None
+    announced_at: UnixTime | None = None
 
     @field_validator("public_name", "software")
     @classmethod
@@ -201,12 +209,16 @@ class OpeningAnswer(Frozen):
 
 
 class ModelInfo(Frozen):
-    """What one server announces about the model it serves, so that others can list the models of a swarm."""
+    """What one server announces about the model it serves, so that others can list the models of a swarm.
+
+    hidden_size: of the hidden states that travel between its blocks.
+    """
 
     protocol_version: Annotated[int, Field(ge=0)] = PROTOCOL_VERSION
     name: Annotated[str, Field(min_length=1, max_length=128)]
     fingerprint: Fingerprint
     num_blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    hidden_size: Annotated[int, Field(ge=1, le=2**20)]
 
     @field_validator("name")
     @classmethod

@@ -1,8 +1,8 @@
 """Which room may import which: the arrows of the house, checked on the source of every product file.
 
-swarm/ imports nothing of ours, routing/ only swarm, client/ and server/ only swarm and routing, scripts/ anything;
-nothing imports scripts/ or tests/. Inside a room imports are relative and stay inside; across rooms they are absolute
-and begin with `swarm.`: a bare `import client` would be another copy of the module.
+swarm/ imports nothing of ours, routing/ only swarm, client/ and server/ only swarm and routing, monitor/ those and the
+client, scripts/ anything; nothing imports scripts/ or tests/. Inside a room imports are relative and stay inside;
+across rooms they are absolute and begin with `swarm.`: a bare `import client` would be another copy of the module.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = "swarm"
-ROOMS = ("routing", "client", "server", "scripts")
+ROOMS = ("routing", "client", "server", "monitor", "scripts")
 MAY_IMPORT = {
     "swarm": {"swarm"},
     "routing": {"swarm", "routing"},
     "client": {"swarm", "routing", "client"},
     "server": {"swarm", "routing", "server"},
-    "scripts": {"swarm", "routing", "client", "server", "scripts"},
+    "monitor": {"swarm", "routing", "client", "monitor"},
+    "scripts": {"swarm", "routing", "client", "server", "monitor", "scripts"},
 }
 DYNAMIC_IMPORTS = {"import_module", "__import__", "find_spec"}
 

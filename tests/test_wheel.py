@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("client", "server", "routing", "scripts")
+ROOMS = ("client", "server", "routing", "monitor", "scripts")
 BUILD_INPUTS = ("swarm", *ROOMS, "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 

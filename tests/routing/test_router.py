@@ -134,7 +134,7 @@ async def test_a_chain_is_found_from_the_records():
 
 
 async def test_a_model_that_nobody_serves_is_known_at_once():
-    other = ModelInfo(name="SmolLM2", fingerprint="b" * 64, num_blocks=30)
+    other = ModelInfo(name="SmolLM2", fingerprint="b" * 64, num_blocks=30, hidden_size=64)
     with pytest.raises(ModelNotServed, match=r"SmolLM2 \(fingerprint a{12}\).*of that name \(fingerprint b{12}\)"):
         await World(models=[other]).router.check_served()
 
@@ -405,9 +405,9 @@ async def test_a_model_that_nobody_serves():
 
 async def test_other_weights_under_the_same_name():
     models = [
-        ModelInfo(name="SmolLM2", fingerprint="b" * 64, num_blocks=30),
-        ModelInfo(name="SmolLM2", fingerprint=FINGERPRINT, num_blocks=30),
-        *(ModelInfo(name=f"Other{i}", fingerprint=f"{i:064x}", num_blocks=8) for i in range(12)),
+        ModelInfo(name="SmolLM2", fingerprint="b" * 64, num_blocks=30, hidden_size=64),
+        ModelInfo(name="SmolLM2", fingerprint=FINGERPRINT, num_blocks=30, hidden_size=64),
+        *(ModelInfo(name=f"Other{i}", fingerprint=f"{i:064x}", num_blocks=8, hidden_size=64) for i in range(12)),
     ]
     with pytest.raises(ModelNotServed) as caught:
         await World(models=models).route()

@@ -19,7 +19,7 @@ from swarm.scripts import adapters as command
 from swarm.scripts.adapters import choose_model, print_table, summarize, to_json
 from swarm.scripts.local_swarm import LocalSwarm
 
-MODEL = ModelInfo(name="llama", fingerprint="ab" * 32, num_blocks=8)
+MODEL = ModelInfo(name="llama", fingerprint="ab" * 32, num_blocks=8, hidden_size=64)
 FR, OTHER_FR, DE = (AdapterInfo(name, "lora", digit * 16) for name, digit in (("fr", "1"), ("fr", "2"), ("[b]de", "3")))
 
 
@@ -75,8 +75,8 @@ def test_no_adapters() -> None:
 
 
 def test_the_model_is_found_by_name_or_fingerprint() -> None:
-    other = ModelInfo(name="other", fingerprint="cd" * 32, num_blocks=3)
-    twin = ModelInfo(name="llama", fingerprint="ef" * 32, num_blocks=8)
+    other = ModelInfo(name="other", fingerprint="cd" * 32, num_blocks=3, hidden_size=64)
+    twin = ModelInfo(name="llama", fingerprint="ef" * 32, num_blocks=8, hidden_size=64)
     assert choose_model([MODEL, other], "llama", "llama") == MODEL
     assert choose_model([MODEL, other, twin], "cdcd", "cdcd") == other
     with pytest.raises(ModelNotServed, match="no server in the swarm serves lama; models in the swarm: llama, other"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from rich.console import Console
 from swarm.checkpoint import open_checkpoint
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import ServerRecord
+from swarm.monitor.picture import ModelPicture, Picture
+from swarm.monitor.summary import problems, summarize
 from swarm.node import NodeConfig
 from swarm.node_thread import NodeThread
-from swarm.scripts.health_summary import ModelHealth, problems, summarize
+from swarm.routing.snapshot import Snapshot
 from swarm.scripts.health_table import print_tables
 from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm
 
-MODEL = ModelInfo(name="llama", fingerprint="ab" * 32, num_blocks=8)
+MODEL = ModelInfo(name="llama", fingerprint="ab" * 32, num_blocks=8, hidden_size=64)
 
 
 def record(
@@ -38,57 +41,56 @@ def record(
     return ServerRecord(peer_id, info, expires=1e10)
 
 
-def health_of(*records: ServerRecord, silent: str = "", model: ModelInfo = MODEL) -> ModelHealth:
-    round_trips = {record.peer_id: 0.01 for record in records if record.peer_id != silent}
-    (health,) = summarize([model], {model.fingerprint: records}, round_trips)
-    return health
+def picture_of(*records: ServerRecord, silent: str = "", model: ModelInfo = MODEL) -> ModelPicture:
+    pings = {record.peer_id: math.inf if record.peer_id == silent else 0.01 for record in records}
+    return ModelPicture(model, Snapshot.build(model.num_blocks, records, pings, 0.0))
 
 
-def table_of(health: ModelHealth) -> str:
+def table_of(model: ModelPicture) -> str:
     console = Console(file=io.StringIO(), width=160, force_terminal=False)
-    print_tables([health], console)
+    print_tables(summarize(Picture((model,))).models, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def test_replicas_are_counted_per_block() -> None:
-    health = health_of(record("QmA", 0, 4), record("QmB", 4, 8), record("QmC", 2, 6))
-    assert health.replicas == (1, 1, 2, 2, 2, 2, 1, 1)
-    assert health.complete and problems([health]) == []
+    model = picture_of(record("QmA", 0, 4), record("QmB", 4, 8), record("QmC", 2, 6))
+    assert model.replicas == (1, 1, 2, 2, 2, 2, 1, 1)
+    assert model.complete and problems(Picture((model,))) == []
 
 
 def test_only_servers_that_are_online_and_answer_count() -> None:
     joining, draining = ServerState.JOINING, ServerState.DRAINING
-    health = health_of(
+    model = picture_of(
         record("QmA", 0, 4),
         record("QmB", 4, 8),
         record("QmC", 0, 8, joining),
         record("QmD", 0, 8, draining),
         silent="QmB",
     )
-    assert health.replicas == (1, 1, 1, 1, 0, 0, 0, 0)
-    assert health.missing_blocks == (4, 5, 6, 7) and not health.complete
-    (problem,) = problems([health])
+    assert model.replicas == (1, 1, 1, 1, 0, 0, 0, 0)
+    assert model.missing_blocks == (4, 5, 6, 7) and not model.complete
+    (problem,) = problems(Picture((model,)))
     assert problem.startswith(f"llama (fingerprint {'ab' * 6}) is incomplete") and "blocks 4:8 of 8" in problem
 
 
 def test_a_server_outside_the_model_is_left_out() -> None:
-    assert health_of(record("QmA", 0, 8), record("QmB", 6, 12)).replicas == (1,) * 8
+    assert picture_of(record("QmA", 0, 8), record("QmB", 6, 12)).replicas == (1,) * 8
 
 
 def test_absent_models_are_problems() -> None:
-    assert problems([]) == ["no server of this swarm serves any model"]
-    health = health_of(record("QmA", 0, 8))
-    assert problems([health], ["llama", "abab"]) == []
-    assert problems([health], ["mistral", "ba"]) == [
+    assert problems(Picture()) == ["no server of this swarm serves any model"]
+    model = picture_of(record("QmA", 0, 8))
+    assert problems(Picture((model,)), ["llama", "abab"]) == []
+    assert problems(Picture((model,)), ["mistral", "ba"]) == [
         "no server of this swarm serves mistral",
         "no server of this swarm serves ba",
     ]
 
 
 def test_what_strangers_wrote_is_text_and_not_markup() -> None:
-    model = ModelInfo(name="[bold]llama[/nonsense]", fingerprint="ab" * 32, num_blocks=8)
-    text = table_of(health_of(record("QmA", 0, 8, name="[link=http://x]a[/]"), model=model))
+    model = ModelInfo(name="[bold]llama[/nonsense]", fingerprint="ab" * 32, num_blocks=8, hidden_size=64)
+    text = table_of(picture_of(record("QmA", 0, 8, name="[link=http://x]a[/]"), model=model))
     assert "[bold]llama[/nonsense]" in text and "[link=http://x]a[/]" in text
 
 
@@ -96,7 +98,7 @@ def test_the_table_of_a_model() -> None:
     replicas = [record(f"Qm{index}", 0, 2) for index in range(10)]
     measured = {"forward_rate": 456.7, "network_rate": 1.25e7, "running_rows": 3, "waiting_rows": 2}
     alice = record("QmB", 4, 8, name="alice", **measured)
-    text = table_of(health_of(*replicas, record("QmSilent", 2, 4), alice, silent="QmSilent"))
+    text = table_of(picture_of(*replicas, record("QmSilent", 2, 4), alice, silent="QmSilent"))
     headline, bar, *table = text.splitlines()
     assert headline == f"llama  fingerprint {'ab' * 6}, 8 blocks, incomplete"
     assert bar.strip() == "replicas of each block: ++001111"

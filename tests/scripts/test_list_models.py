@@ -15,15 +15,16 @@ from rich.console import Console
 
 from swarm.data_structures import AdapterInfo, BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import Directory, ServerRecord
+from swarm.monitor.picture import ModelPicture
 from swarm.node import NodeConfig
 from swarm.node_thread import NodeThread
 from swarm.protocol import BlockProtocol
-from swarm.scripts.health_summary import ModelHealth, summarize
+from swarm.routing.snapshot import Snapshot
 from swarm.scripts.list_models import print_table, to_json
 from swarm.scripts.local_swarm import LOOPBACK
 
-LLAMA = ModelInfo(name="llama", fingerprint="ab" * 32, num_blocks=8)
-OTHER = ModelInfo(name="[b]other", fingerprint="cd" * 32, num_blocks=6)
+LLAMA = ModelInfo(name="llama", fingerprint="ab" * 32, num_blocks=8, hidden_size=64)
+OTHER = ModelInfo(name="[b]other", fingerprint="cd" * 32, num_blocks=6, hidden_size=64)
 FR, DE = AdapterInfo("fr", "lora", "1" * 16), AdapterInfo("de", "lora", "2" * 16)
 
 
@@ -49,12 +50,16 @@ RECORDS = {
 }
 
 
-def summary() -> tuple[ModelHealth, ...]:
-    return summarize([LLAMA, OTHER], RECORDS, {f"Qm{letter}": 0.01 for letter in "ABCDE"})
+def pictures() -> tuple[ModelPicture, ...]:
+    pings = {f"Qm{letter}": 0.01 for letter in "ABCDE"}
+    return tuple(
+        ModelPicture(model, Snapshot.build(model.num_blocks, RECORDS[model.fingerprint], pings, 0.0))
+        for model in (OTHER, LLAMA)
+    )
 
 
 def test_what_is_told_of_each_model() -> None:
-    other, llama = to_json(summary())["models"]
+    other, llama = to_json(pictures())["models"]
     assert llama == {
         "name": "llama",
         "fingerprint": "ab" * 32,
@@ -71,7 +76,7 @@ def test_what_is_told_of_each_model() -> None:
     assert (other["missing_blocks"], other["weakest_blocks"], other["replicas"]) == ("2:4, 5:6", "2:4, 5:6", 0)
 
 
-def table_of(models: tuple[ModelHealth, ...]) -> list[list[str]]:
+def table_of(models: tuple[ModelPicture, ...]) -> list[list[str]]:
     console = Console(file=io.StringIO(), width=160, force_terminal=False)
     print_table(models, console)
     assert isinstance(console.file, io.StringIO)
@@ -79,7 +84,7 @@ def table_of(models: tuple[ModelHealth, ...]) -> list[list[str]]:
 
 
 def test_the_table() -> None:
-    rows = table_of(summary())
+    rows = table_of(pictures())
     assert ["llama", "abababababab", "complete", "8", "of", "8", "-", "2", "1", "(blocks", "0:3,", "5:8)", "2"] in rows
     # Names are no markup.
     assert ["[b]other", "cdcdcdcdcdcd", "incomplete", "3", "of", "6", "2:4,", "5:6", "2", "0", "0"] in rows

@@ -28,7 +28,7 @@ class World:
         self.round_trips = {}
         self.asked = []
         self.records = records
-        model = ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12)
+        model = ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12, hidden_size=64)
         self.announcer = Announcer(
             SimpleNamespace(p2p=None, peer_id="me", complaints=None), model, lambda: info(0, 4), 20.0
         )
@@ -143,7 +143,7 @@ async def test_announcements_go_out_one_after_the_other():
 
     announcer = Announcer(
         SimpleNamespace(p2p=None, peer_id="me", complaints=None),
-        ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12),
+        ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12, hidden_size=64),
         lambda: info(0, 4).model_copy(update={"state": state}),
         20.0,
     )
@@ -163,7 +163,7 @@ async def test_announcements_go_out_one_after_the_other():
 async def test_what_was_never_announced_is_not_withdrawn():
     announcer = Announcer(
         SimpleNamespace(p2p=None, peer_id="me", complaints=None),
-        ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12),
+        ModelInfo(name="m", fingerprint="a" * 64, num_blocks=12, hidden_size=64),
         lambda: pytest.fail("there is nothing to say yet"),
         20.0,
     )

@@ -37,8 +37,8 @@ from swarm.errors import NetworkError
 from swarm.node import Node, NodeConfig
 from swarm.records import MAX_RECORD_BYTES, MAX_TTL, NUM_SHARDS, BadRecord, Complaints, shard_of, write_record
 
-MODEL = ModelInfo(name="tiny", fingerprint="ab" * 32, num_blocks=10)
-OTHER_MODEL = ModelInfo(name="other", fingerprint="cd" * 32, num_blocks=20)
+MODEL = ModelInfo(name="tiny", fingerprint="ab" * 32, num_blocks=10, hidden_size=64)
+OTHER_MODEL = ModelInfo(name="other", fingerprint="cd" * 32, num_blocks=20, hidden_size=64)
 
 
 def info(start: int = 0, end: int = 10, state: ServerState = ServerState.ONLINE, **fields: Any) -> ServerInfo:

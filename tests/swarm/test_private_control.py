@@ -32,7 +32,7 @@ from swarm.rpc import FrameStream, open_stream, server_info, upload_rate
 
 LIMIT = 30.0  # seconds for what takes milliseconds on an idle machine
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
-MODEL = ModelInfo(name="tiny", fingerprint="ab" * 32, num_blocks=8)
+MODEL = ModelInfo(name="tiny", fingerprint="ab" * 32, num_blocks=8, hidden_size=64)
 INFO = ServerInfo(
     state=ServerState.ONLINE, span=BlockSpan(start=0, end=8), throughput=1.0, numerics="x", cache_tokens_left=5
 )
