@@ -135,12 +135,13 @@ class Directory:
     async def models(self) -> dict[str, ModelInfo]:
         """The models that somebody serves, by fingerprint; where servers disagree about one, what most of them say.
 
-        Raises NetworkError like `servers`.
+        Those that most servers say they serve come first. Raises NetworkError like `servers`.
         """
         said: defaultdict[str, Counter[ModelInfo]] = defaultdict(Counter)
         for model in (await self.model_servers()).values():
             said[model.fingerprint][model] += 1
-        return {fingerprint: votes.most_common(1)[0][0] for fingerprint, votes in said.items()}
+        most_first = sorted(said.items(), key=lambda item: -item[1].total())
+        return {fingerprint: votes.most_common(1)[0][0] for fingerprint, votes in most_first}
 
     async def _read(
         self, prefix: str, info_type: type[Info], shards: Sequence[int] = range(NUM_SHARDS)
