@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from swarm.data_structures import ServerInfo
 from swarm.errors import SwarmError
@@ -215,7 +216,7 @@ class Asker:
             self._all_asked.set()
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait until they have ended. Some cancellations are swallowed below us, so it is done again."""
     left = set(tasks)
     while left:
