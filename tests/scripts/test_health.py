@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from swarm.node import NodeConfig
 from swarm.node_thread import NodeThread
 from swarm.routing.snapshot import Snapshot
 from swarm.scripts.health_table import print_tables
+from swarm.scripts.health_web import Listener
 from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm
 
 PATIENCE = 120.0  # seconds
@@ -271,7 +273,8 @@ def test_watching_in_a_terminal(tiny_swarm: LocalSwarm) -> None:
         assert process.stderr is not None and process.stderr.read() == ""
 
 
-def test_watching_as_json(tiny_swarm: LocalSwarm) -> None:
+def test_watching_as_json_until_nobody_reads_it(tiny_swarm: LocalSwarm) -> None:
+    """As in `swarm health --watch --json | head -2`."""
     arguments = ("--initial-peers", tiny_swarm.initial_peers[0], "--watch", "--json", "--update-period", 1)
     with started(*arguments) as (process, output):
         reading = Reading(output)
@@ -279,30 +282,64 @@ def test_watching_as_json(tiny_swarm: LocalSwarm) -> None:
             reading.seen += os.read(output, 65_536)
         first, second = map(json.loads, reading.said.splitlines()[:2])
         assert first["healthy"] and second["healthy"] and second["revision"] > first["revision"]
-        assert second["read_at"] >= first["read_at"]
-        process.terminate()
-        assert process.wait(PATIENCE) == 0
-        assert process.stderr is not None and process.stderr.read() == ""
-
-
-def test_nobody_reads_on(tiny_swarm: LocalSwarm) -> None:
-    """As in `swarm health --watch --json | head -1`."""
-    arguments = ("--initial-peers", tiny_swarm.initial_peers[0], "--watch", "--json", "--update-period", 1)
-    with started(*arguments) as (process, output):
-        Reading(output).until("\n")
         os.dup2(os.open(os.devnull, os.O_RDONLY), output)
         assert process.wait(PATIENCE) == 0
         assert process.stderr is not None and process.stderr.read() == ""
 
 
-def test_the_monitor_ends_if_its_daemon_does(tiny_swarm: LocalSwarm) -> None:
-    arguments = ("--initial-peers", tiny_swarm.initial_peers[0], "--watch", "--json")
-    with started(*arguments) as (process, output):
-        Reading(output).until("\n")
+def test_where_the_web_monitor_listens() -> None:
+    for host, url, is_loopback in (
+        ("127.0.0.1", "http://127.0.0.1:{}/", True),
+        ("localhost", "http://localhost:{}/", True),
+        ("0.0.0.0", "http://127.0.0.1:{}/", False),
+    ):
+        listener = Listener.open(host, 0)
+        with listener.socket:
+            assert (listener.url, listener.is_loopback) == (url.format(listener.port), is_loopback)
+            with socket.create_connection(("127.0.0.1", listener.port), timeout=PATIENCE):
+                pass
+
+
+@contextmanager
+def web_monitor(swarm: LocalSwarm, *arguments: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and the address of its page, once it has seen the swarm."""
+    peer = swarm.initial_peers[0]
+    with started("--initial-peers", peer, "--port", 0, "--update-period", 1, *arguments) as (process, output):
+        reading = Reading(output)
+        reading.until("\n")
+        word, url = reading.said.split()
+        assert word == "READY" and re.fullmatch(r"http://127\.0\.0\.1:[0-9]+/", url)
+        while not get(f"{url}api/v1/state")["models"]:
+            time.sleep(0.1)
+        yield process, url
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+        return json.load(answer)
+
+
+def test_the_web_monitor_from_its_start_to_its_end(tiny_swarm: LocalSwarm) -> None:
+    with web_monitor(tiny_swarm, "--model", "mistral") as (process, url):
+        state = get(f"{url}api/v1/state")
+        assert state["problems"] == ["no server of this swarm serves mistral"]
+        assert [model["complete"] for model in state["models"]] == [True]
+        with urllib.request.urlopen(url, timeout=PATIENCE) as page:
+            assert "text/html" in page.headers["Content-Type"]
+        with urllib.request.urlopen(f"{url}api/v1/events", timeout=PATIENCE) as events:
+            while not (line := events.readline()).startswith(b"data:"):
+                assert line
+            process.terminate()
+            events.read()  # a stream that would go on for ever ends
+        assert process.wait(PATIENCE) == 0
+        assert process.stderr is not None and process.stderr.read() == "stopping ...\n"
+
+
+def test_the_web_monitor_ends_if_its_daemon_does(tiny_swarm: LocalSwarm) -> None:
+    with web_monitor(tiny_swarm, "--probe-period", 0) as (process, _):
         (daemon,) = psutil.Process(process.pid).children()
         daemon.kill()
         assert process.wait(PATIENCE) == 1
         assert process.stderr is not None
-        assert (
-            process.stderr.read().splitlines()[-1].startswith("error: the network daemon died, so the monitor ends: ")
-        )
+        last = process.stderr.read().splitlines()[-1]
+        assert last.startswith("error: the network daemon died, so the monitor ends: ")
