@@ -131,12 +131,12 @@ class Asker:
         finally:
             await end_tasks(self._out.values())
 
-    async def ask_all(self, timeout: float, patience: float = 5.0) -> None:
+    async def ask_all(self, timeout: float) -> None:
         """Ask every server once, all at the same time; not beside `run`.
 
-        timeout: seconds at most for all. patience: the same for one of them. Who has not answered by then does not.
+        timeout: seconds at most. Who has not answered by then does not.
         """
-        crowd = _Lane(slots=len(self._turns), timeout=patience)
+        crowd = _Lane(slots=len(self._turns), timeout=timeout)
         for peer_id in self._turns:
             self._send(peer_id, crowd)
         try:

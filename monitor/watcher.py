@@ -32,8 +32,11 @@ _READS_AT_ONCE = 16
 #: Reading takes at most this part of the time. It is seconds of work where there are a thousand servers, whose records
 #: change every 20 s only.
 _READING_SHARE = 0.1
-#: Seconds that `look` waits for the answers of all servers, and that the first picture of `run` waits.
-_LOOK_TIME, _FIRST_LOOK_TIME = 6.0, 2.0
+#: Seconds that `look` takes at most, if the records are read in time, and that it gives servers to answer in any case:
+#: a peer that hangs holds up the reading of records, too.
+_LOOK_TIME, _LEAST_PATIENCE = 6.0, 2.0
+#: Seconds that the first picture of `run` waits for answers.
+_FIRST_LOOK_TIME = 2.0
 #: Seconds between two pictures at least.
 _LEAST_PAUSE = 1.0
 #: What people read; the reason may name addresses, so it is for the log alone.
@@ -101,12 +104,14 @@ class Watcher:
         return self._picture.revision
 
     async def look(self) -> Picture:
-        """Read all records and ask all servers, now; not beside `run`. Those that have not answered after 6 s do not.
+        """Read all records and ask all servers, now; not beside `run`. Takes about 6 s if some of them hang.
 
         Raises NetworkError if the records cannot be read.
         """
+        began = time.monotonic()
         await self._read()
-        await self._asker.ask_all(_LOOK_TIME)
+        took = time.monotonic() - began
+        await self._asker.ask_all(max(_LOOK_TIME - took, _LEAST_PATIENCE))
         self._publish()
         return self._picture
 
