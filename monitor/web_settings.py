@@ -1,0 +1,41 @@
+"""What the owner of a monitor may set about its web side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from .limits import Rate
+
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True)
+class WebSettings:
+    """hosts: names under which the monitor may be asked, without port, lower case, IPv6 without brackets; None: any.
+
+    Another name in a request means that somebody's name server points it here: his page could read the answers.
+    traces, traces_each: test requests, of all callers together and of each. reachability, reachability_each: the same
+    of checks whether a peer can be reached.
+    max_streams: streams of events at a time.
+    heartbeat: seconds after which such a stream says that it is still there.
+    """
+
+    hosts: frozenset[str] | None = LOCAL_HOSTS
+    traces: Rate = field(default_factory=lambda: Rate(per_minute=20, burst=6))
+    traces_each: Rate = field(default_factory=lambda: Rate(per_minute=10, burst=4))
+    reachability: Rate = field(default_factory=lambda: Rate(per_minute=30, burst=10))
+    reachability_each: Rate = field(default_factory=lambda: Rate(per_minute=15, burst=5))
+    max_streams: int = 256
+    heartbeat: float = 15.0
+
+    @staticmethod
+    def hosts_for(host: str) -> frozenset[str] | None:
+        """What `hosts` should be if the monitor listens on `host`; any, if that stands for all addresses."""
+        host = host.strip("[]").lower()
+        try:
+            if ip_address(host).is_unspecified:
+                return None
+        except ValueError:
+            pass  # a name
+        return LOCAL_HOSTS | {host}
