@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -92,21 +92,23 @@ def _swarm_routes(monitor: Monitor) -> APIRouter:
 
 def _probing_routes(monitor: Monitor, settings: WebSettings) -> APIRouter:
     """What costs servers time, so not everybody may have it done at any time."""
-    router = APIRouter(prefix="/api/v1", tags=["probes"])
+    router = APIRouter(prefix="/api/v1", tags=["probes"], dependencies=[Depends(_refuse_other_sites)])
     traces = Turnstile(settings.traces, settings.traces_each)
     checks = Turnstile(settings.reachability, settings.reachability_each)
 
-    @router.post("/trace", responses=failures(403, 404, 408, 409, 413, 415, 422, 429, 503))
+    @router.post(
+        "/trace",
+        dependencies=[Depends(_refuse_forms)],
+        responses=failures(403, 404, 408, 409, 413, 415, 422, 429, 503),
+    )
     async def trace(request: Request, wanted: TraceRequest) -> TraceReport:
         """Send a test request through the swarm and tell where the time went."""
-        _refuse_other_sites(request)
         with traces.admit(_caller(request)):
             return await monitor.trace(wanted)
 
     @router.get("/is_reachable/{peer_id}", responses=failures(403, 422, 429, 503))
     async def is_reachable(request: Request, peer_id: PeerName) -> ReachabilityReport:
         """Try to reach a peer from here, and tell at which step that fails and why."""
-        _refuse_other_sites(request)
         with checks.admit(_caller(request)):
             report = await monitor.is_reachable(peer_id)
         if monitor.config.show_addresses:
@@ -156,6 +158,12 @@ def _refuse_other_sites(request: Request) -> None:
     """Browsers say whose page asks. One of another site, or of another port here, shall not spend servers' time."""
     if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise HTTPException(403, "a page of another site asked for this: open the monitor's own page")
+
+
+def _refuse_forms(request: Request) -> None:
+    """A page of any site can send a form here, but no JSON. Also where the browser does not say whose page it is."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "send the request as application/json")
 
 
 def _caller(request: Request) -> str:

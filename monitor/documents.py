@@ -32,7 +32,7 @@ class Document:
         """None: it does not gain by it."""
         if len(self.body) < _WORTH_COMPRESSING or self.media_type.startswith("image/"):
             return None
-        return gzip.compress(self.body, compresslevel=5, mtime=0)
+        return gzip.compress(self.body, compresslevel=1, mtime=0)
 
     def answer(self, asked: Headers) -> Response:
         """The document, compressed if the caller takes that, or 304 if he has it. asked: headers of his request."""

@@ -32,6 +32,8 @@ _MEANINGS: Mapping[int, str] = {
     503: "Servers failed, or have no room: the sentence says which.",
 }
 
+_NOT_JSON = "the request is not JSON"
+
 #: Of requests that name something wrong or cannot be served, the first that fits.
 _STATUSES: tuple[tuple[type[SwarmError], int], ...] = (
     (UsageError, 422),
@@ -76,6 +78,8 @@ def add_failure_handlers(app: FastAPI, monitor: Monitor) -> None:
             detail = "there is nothing at this address: /api/v1/openapi.json lists what there is"
         elif detail == HTTPStatus.METHOD_NOT_ALLOWED.phrase:
             detail = f"{request.method} does not work here"
+        elif error.status_code == HTTPStatus.BAD_REQUEST:  # of a body that is no text
+            return _failure(422, _NOT_JSON)
         return _failure(error.status_code, detail, error.headers)
 
     async def bug(_: Request, __: Exception) -> JSONResponse:
@@ -97,5 +101,5 @@ def _in_words(problem: Mapping[str, Any]) -> str:
     """Where, and what is wrong, without what was given."""
     where = ".".join(str(part) for part in problem["loc"] if part not in ("body", "path", "query"))
     if problem["type"] == "json_invalid":
-        return "the request is not JSON"
+        return _NOT_JSON
     return f"{where[:100]}: {problem['msg'].lower()}" if where else f"the request: {problem['msg'].lower()}"

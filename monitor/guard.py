@@ -28,8 +28,8 @@ SECURITY_HEADERS: Mapping[str, str] = {
 
 
 class Guard:
-    """Middleware: refuses strange hosts, bodies that are too long or too slow, and bodies that are not JSON (a form of
-    another site can send no JSON). Puts SECURITY_HEADERS on every answer, but for those that say otherwise.
+    """Middleware: refuses strange hosts, and bodies that are too long or too slow. Puts SECURITY_HEADERS on every answer,
+    but for those that say otherwise.
 
     hosts: see `WebSettings.hosts`.
     """
@@ -62,10 +62,6 @@ class Guard:
             await self._app(scope, receive, send_with_headers)
 
     async def _post(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            await _refusal(415, "send the request as application/json")(scope, receive, send)
-            return
         try:
             body = await asyncio.wait_for(_read_body(headers, receive), BODY_TIMEOUT)
         except TimeoutError:
