@@ -41,11 +41,11 @@ class EventStreams:
         sent = -1
         while not self._monitor.closed:
             revision = await self._monitor.changed(sent, self._heartbeat)
-            if revision == sent:
-                yield b": still here\n\n"
-            else:
+            if revision != sent:
                 yield f"event: revision\ndata: {revision}\n\n".encode()
                 sent = revision
+            elif not self._monitor.closed:
+                yield b": still here\n\n"
 
 
 class _EventStream(StreamingResponse):

@@ -28,7 +28,7 @@ SECURITY_HEADERS: Mapping[str, str] = {
 
 
 class Guard:
-    """Middleware: refuses strange hosts, and bodies that are too long or too slow. Puts SECURITY_HEADERS on every answer,
+    """Middleware: refuses strange hosts, and bodies that are too long or too slow. Puts SECURITY_HEADERS on answers,
     but for those that say otherwise.
 
     hosts: see `WebSettings.hosts`.

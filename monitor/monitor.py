@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Monitor:
         self._tracer = tracer
         self._check_reachable = check_reachable
         self._reported: tuple[Picture, SwarmReport] | None = None
+        self._reporting = threading.Lock()
         self._tracing = asyncio.Lock()
         self._closed = asyncio.Event()
         self._next_probe = ""
@@ -91,25 +93,23 @@ class Monitor:
 
     def report(self) -> SwarmReport:
         """What there is to say about the latest picture. Made once for each: a large swarm's takes a while."""
-        picture = self.picture
-        reported = self._reported
-        if reported is None or reported[0] is not picture:
-            report = summarize(picture, self.config.wanted, show_addresses=self.config.show_addresses)
-            self._reported = reported = (picture, report)
-        return reported[1]
+        with self._reporting:
+            picture = self.picture
+            if self._reported is None or self._reported[0] is not picture:
+                report = summarize(picture, self.config.wanted, show_addresses=self.config.show_addresses)
+                self._reported = (picture, report)
+            return self._reported[1]
 
     async def changed(self, after: int, timeout: float) -> int:
         """The picture's revision, once it is greater than `after`, or after `timeout` seconds, or at the end."""
-        waits = [
-            asyncio.ensure_future(self._watcher.changed(after, timeout)),
-            asyncio.ensure_future(self._closed.wait()),
-        ]
+        change = asyncio.ensure_future(self._watcher.changed(after, timeout))
+        end = asyncio.ensure_future(self._closed.wait())
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((change, end), return_when=asyncio.FIRST_COMPLETED)
+            return change.result() if change.done() else self.picture.revision
         finally:
-            for wait in waits:
-                wait.cancel()
-        return self.picture.revision
+            change.cancel()
+            end.cancel()
 
     async def trace(self, request: TraceRequest) -> TraceReport:
         """Make a test request. One at a time: others wait. Raises SwarmError, UsageError for a bad request."""

@@ -70,7 +70,9 @@ def large_picture(num_servers: int = 1000, num_blocks: int = 80) -> Picture:
         record(
             f"QmS{number}",
             *span,
-            next_pings={peer: rng.uniform(0.001, 0.1) for peer in rng.sample(heads[span[1]], min(8, len(heads[span[1]])))},
+            next_pings={
+                peer: rng.uniform(0.001, 0.1) for peer in rng.sample(heads[span[1]], min(8, len(heads[span[1]])))
+            },
         )
         for number, span in enumerate(spans)
     ]

@@ -196,7 +196,12 @@ async def test_a_trace_of_an_absent_model(site: Site) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "where"),
-    [({"new_tokens": 1000}, "new_tokens"), ({"peers": ["Qm/A"]}, "peers.0"), ({"more": 1}, "more"), ({"model": ""}, "model")],
+    [
+        ({"new_tokens": 1000}, "new_tokens"),
+        ({"peers": ["Qm/A"]}, "peers.0"),
+        ({"more": 1}, "more"),
+        ({"model": ""}, "model"),
+    ],
 )
 async def test_a_wrong_request_is_told_what_is_wrong(site: Site, wanted: dict[str, Any], where: str) -> None:
     response = await site.trace(**wanted)
@@ -230,7 +235,9 @@ async def test_hosts_that_are_ours(page: Path, host: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/api/v1/state", "/metrics", OPENAPI_PATH])
-@pytest.mark.parametrize("host", ["evil.example:8700", "127.0.0.1.evil.example", "127.0.0.1:8700@evil", "[::1].evil", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example:8700", "127.0.0.1.evil.example", "127.0.0.1:8700@evil", "[::1].evil", ""]
+)
 async def test_other_hosts_are_refused(site: Site, path: str, host: str) -> None:
     response = await site.get(path, host=host)
     assert response.status_code == 421 and "host name" in detail_of(response)
@@ -351,7 +358,10 @@ async def test_the_page(site: Site, page: Path) -> None:
     assert index.headers["content-type"] == "text/html; charset=utf-8"
     assert (await site.get("/index.html")).content == index.content
     script = await site.get("/app.js")
-    assert script.headers["content-type"] == "text/javascript; charset=utf-8" and script.headers["cache-control"] == "no-cache"
+    assert (
+        script.headers["content-type"] == "text/javascript; charset=utf-8"
+        and script.headers["cache-control"] == "no-cache"
+    )
     assert (await site.get("/app.js", if_none_match=script.headers["etag"])).status_code == 304
     assert (await site.get("/app.js", if_none_match='"other"')).status_code == 200
     for path in ("/../guard.py", "/..%2fguard.py", "/api.py"):

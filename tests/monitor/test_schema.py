@@ -28,7 +28,9 @@ class ObligingMonitor(MadeMonitor):
 
     def __init__(self) -> None:
         picture = usual_picture()
-        super().__init__(replace(picture, models=(*picture.models, model_picture([record("0", 0, 8)], "nil", "01" * 32))))
+        super().__init__(
+            replace(picture, models=(*picture.models, model_picture([record("0", 0, 8)], "nil", "01" * 32)))
+        )
 
     async def trace(self, request: TraceRequest) -> TraceReport:
         known = request if len(request.model) % 2 else request.model_copy(update={"model": "llama"})
