@@ -44,6 +44,7 @@ def make_app(monitor: Monitor, settings: WebSettings, page_folder: Path = PAGE_F
         docs_url=None,  # its assets come from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        responses=failures(421),
         generate_unique_id_function=_operation_id,
     )
     add_failure_handlers(app, monitor)

@@ -27,9 +27,10 @@ _MEANINGS: Mapping[int, str] = {
     409: "The swarm cannot do this now: blocks are missing.",
     413: "The request is too long.",
     415: "The request is not JSON.",
+    421: "The Host header names another machine.",
     422: "The request is wrong: the sentence says what to change.",
     429: "Too often, or another one is under way.",
-    503: "Servers failed, or have no room: the sentence says which.",
+    503: "Not now: servers failed, or there is no room. The sentence says which.",
 }
 
 _NOT_JSON = "the request is not JSON"

@@ -24,10 +24,17 @@ class TooOften(Exception):
 
 @dataclass(frozen=True)
 class Rate:
-    """So many in a minute, evenly, and `burst` at once after a while without any."""
+    """So many in a minute, evenly, and `burst` at once after a while without any.
+
+    Raises ValueError unless per_minute > 0 and burst >= 1.
+    """
 
     per_minute: float
     burst: int
+
+    def __post_init__(self) -> None:
+        if not self.per_minute > 0 or self.burst < 1:
+            raise ValueError(f"per_minute {self.per_minute} must be positive, burst {self.burst} at least 1")
 
 
 class TokenBucket:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import ip_address
 
 from .limits import Rate
 
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+# Somebody who tries things out is not held up, a script that asks all the time is.
+_TRACES = Rate(per_minute=20, burst=6)
+_TRACES_EACH = Rate(per_minute=10, burst=4)
+_REACHABILITY = Rate(per_minute=30, burst=10)
+_REACHABILITY_EACH = Rate(per_minute=15, burst=5)
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,10 @@ class WebSettings:
     """
 
     hosts: frozenset[str] | None = LOCAL_HOSTS
-    traces: Rate = field(default_factory=lambda: Rate(per_minute=20, burst=6))
-    traces_each: Rate = field(default_factory=lambda: Rate(per_minute=10, burst=4))
-    reachability: Rate = field(default_factory=lambda: Rate(per_minute=30, burst=10))
-    reachability_each: Rate = field(default_factory=lambda: Rate(per_minute=15, burst=5))
+    traces: Rate = _TRACES
+    traces_each: Rate = _TRACES_EACH
+    reachability: Rate = _REACHABILITY
+    reachability_each: Rate = _REACHABILITY_EACH
     max_streams: int = 256
     heartbeat: float = 15.0
 

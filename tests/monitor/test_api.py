@@ -36,9 +36,9 @@ HOME = "http://127.0.0.1:8700"
 class Site:
     """A monitor and a browser of it."""
 
-    def __init__(self, monitor: MadeMonitor, page: Path, settings: WebSettings = WebSettings()):  # noqa: B008
+    def __init__(self, monitor: MadeMonitor, page: Path, settings: WebSettings | None = None):
         self.monitor = monitor
-        self.app = make_app(monitor, settings, page)
+        self.app = make_app(monitor, settings or WebSettings(), page)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.browser = httpx.AsyncClient(transport=transport, base_url=HOME)
 

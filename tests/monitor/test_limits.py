@@ -76,6 +76,12 @@ def test_the_table_of_callers_is_bounded() -> None:
     assert len(turnstile._callers) == MAX_CALLERS
 
 
+@pytest.mark.parametrize(("per_minute", "burst"), [(0, 1), (-1, 1), (1, 0), (float("nan"), 1)])
+def test_a_rate_that_would_admit_nobody(per_minute: float, burst: int) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        Rate(per_minute, burst)
+
+
 @given(st.lists(st.floats(0, 120), max_size=60), st.integers(1, 5), st.floats(1, 60))
 def test_never_more_than_the_burst_and_the_rate(pauses: list[float], burst: int, per_minute: float) -> None:
     turnstile = Turnstile(ENOUGH, Rate(per_minute, burst), clock := Clock())
