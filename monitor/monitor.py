@@ -64,7 +64,7 @@ class Monitor:
         watcher: PictureSource,
         tracer: Tracer,
         check_reachable: Callable[[str], Awaitable[ReachabilityReport]],
-        config: MonitorConfig,
+        config: MonitorConfig = MonitorConfig(),
     ):
         """check_reachable: tells whether a peer of this id can be reached; bounded in time; raises SwarmError."""
         self.config = config
