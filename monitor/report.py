@@ -106,12 +106,11 @@ class ServerReport(Frozen):
     departure: Departure | None
 
 
-class ModelReport(Frozen):
+class ModelOverview(Frozen):
     """One model.
 
     replicas: for each block, how many serving servers hold it. missing_blocks: that none holds.
     weakest_blocks: those with fewest replicas. best_chain: None if there is none.
-    servers: in any state, sorted by span and peer id.
     """
 
     name: str
@@ -123,6 +122,11 @@ class ModelReport(Frozen):
     weakest_blocks: tuple[int, ...]
     replicas: tuple[int, ...]
     best_chain: ChainReport | None
+
+
+class ModelReport(ModelOverview):
+    """One model and its servers: those in any state, sorted by span and peer id."""
+
     servers: tuple[ServerReport, ...]
 
 
@@ -212,3 +216,9 @@ class ReachabilityReport(Frozen):
     round_trip: Seconds | None
     step: Literal["find", "relay", "dial", "handshake", "answer"] | None
     reason: str | None
+
+
+class ErrorReport(Frozen):
+    """Why the monitor does not do what was asked. detail: a sentence."""
+
+    detail: str

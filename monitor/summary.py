@@ -8,6 +8,7 @@ from swarm.data_structures import DECODE_ROWS
 from swarm.dht import ServerRecord
 from swarm.routing.snapshot import format_blocks
 
+from .hiding import hide_addresses
 from .outlook import best_chain, departures, describe_chain
 from .picture import ModelPicture, Picture
 from .report import AdapterReport, Departure, ModelReport, ServerReport, SwarmReport
@@ -20,7 +21,7 @@ def summarize(picture: Picture, wanted: Iterable[str] = (), *, show_addresses: b
     return SwarmReport(
         healthy=not found,
         problems=tuple(found),
-        trouble=picture.trouble,
+        trouble=picture.trouble if show_addresses else hide_addresses(picture.trouble),
         revision=picture.revision,
         made_at=picture.made_at,
         read_at=picture.read_at,
