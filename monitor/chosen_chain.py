@@ -27,12 +27,13 @@ def chosen_chain(model: ModelPicture, peer_ids: Sequence[str]) -> Chain:
     ends = _ends([link.span for link in links], num_blocks)
     starts = [0, *ends[:-1]]
     _check_no_gap(model, links, num_blocks)
-    for link, start, end in zip(links, starts, ends, strict=True):
-        if start < link.span.start or start >= end:
-            raise UsageError(
-                f"the chosen chain has no blocks for server {link.peer_id} to run in its place: it holds {link.span}; "
-                "put the servers in the order of their blocks and leave out those that are not needed"
-            )
+    useless = [link for link, start, end in zip(links, starts, ends, strict=True) if not link.span.start <= start < end]
+    if useless or ends[-1] < num_blocks:
+        link = links[-1] if ends[-1] < num_blocks else useless[0]
+        raise UsageError(
+            f"the chosen chain has no blocks for server {link.peer_id} to run in its place: it holds {link.span}; put "
+            "the servers in the order of their blocks and leave out those that are not needed"
+        )
     return tuple(
         ChainLink(link.peer_id, BlockSpan(start=start, end=end), link.numerics)
         for link, start, end in zip(links, starts, ends, strict=True)

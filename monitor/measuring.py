@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ async def measure(node: Node, model: ModelPicture, chain: Chain, prompt_tokens: 
         hidden_size=model.model.hidden_size,
         dtype=DTYPES.get(chain[0].numerics.partition("/")[0], DTYPES["float32"]),
     )
-    prompt, token = session.random_states(prompt_tokens), session.random_states(1)
+    prompt, token = await asyncio.to_thread(session.random_states, prompt_tokens), session.random_states(1)
     started = time.monotonic()
     async with session:
         connect_time = time.monotonic() - started
