@@ -172,14 +172,15 @@ def _problem_with(protocol: str, value: str) -> str | None:
         if not (value.isascii() and value.isdigit() and int(value) <= 65_535):
             return f"a bad port after /{protocol}: {value!r} is not a number from 0 to 65535"
     elif protocol == "p2p":
-        if not _is_peer_id(value):
+        if not is_peer_id(value):
             return f"a bad peer id after /p2p: {value!r} should look like Qm... or 12D3KooW... and be complete"
     elif len(value) > 253 or not all(_DNS_LABEL.fullmatch(label) for label in value.removesuffix(".").split(".")):
         return f"a bad host name after /{protocol}: {value!r}"
     return None
 
 
-def _is_peer_id(text: str) -> bool:
+def is_peer_id(text: str) -> bool:
+    """Whether this may be the id of a peer, such as Qm... or 12D3KooW..."""
     try:
         raw = base58.b58decode(text)
     except ValueError:

@@ -14,7 +14,7 @@ import pytest
 
 from swarm import join
 from swarm.errors import BadAddress, JoinFailed
-from swarm.join import MAX_CLOCK_SKEW, _dial_reason
+from swarm.join import MAX_CLOCK_SKEW, dial_reason
 from swarm.node import Node, NodeConfig
 from swarm.p2p_daemon import P2PDaemon
 
@@ -122,7 +122,7 @@ async def test_the_peer_that_came_nearest_decides_the_advice(first: Node) -> Non
     ],
 )
 def test_where_libp2p_failed(words: str, step: str) -> None:
-    assert _dial_reason(words)[0] == step
+    assert dial_reason(words)[0] == step
 
 
 @pytest.mark.parametrize("listen", [True, False])
