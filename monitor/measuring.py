@@ -1,4 +1,4 @@
-"""Sends a test request through a chain, and measures it. Imports torch: to be imported when it is needed."""
+"""Sends a test request through a chain, and measures it."""
 
 from __future__ import annotations
 

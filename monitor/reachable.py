@@ -47,8 +47,8 @@ _MAX_REASON = 400  # letters; some of the words come from strangers
 
 _ADVICE: dict[ReachabilityStep, str] = {
     "find": "check that it runs and has joined this swarm; who left is forgotten after a while",
-    "relay": "wait until it has found another relay, start it anew, or start a peer that can be reached directly, such "
-    "as `swarm run-bootstrap`, for it to be relayed by",
+    "relay": "check that it and its relay still run; it looks for another relay by itself, which is any peer that can "
+    "be reached directly, such as `swarm run-bootstrap`",
     "dial": "check that it runs, that no firewall stands between, and that the addresses are right that it announces "
     "(--announce-maddrs, --port)",
     "handshake": "its address may belong to another machine or process by now; start it anew so that it announces the "

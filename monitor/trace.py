@@ -22,14 +22,13 @@ from swarm.routing.chain import Chain, chain_time, find_chain
 from swarm.routing.reasons import FULL, explain_missing
 
 from .chosen_chain import chosen_chain
+from .measuring import Measured, measure
 from .picture import ModelPicture
 from .report import TracedHop, TracedStep, TraceReport, TraceRequest
 
 if TYPE_CHECKING:
     from swarm.client.timeline import HopTimes, StepTimes
     from swarm.dht import ServerRecord
-
-    from .measuring import Measured
 
 #: Seconds for one trace, and for those before it in the line.
 TIME_LIMIT = 30.0
@@ -57,7 +56,6 @@ class Tracer:
         started = time.perf_counter()
         chain = find_best(model, request) if request.peers is None else chosen_chain(model, request.peers)
         search_time = time.perf_counter() - started
-        await asyncio.to_thread(_load)
         try:
             async with asyncio.timeout(self._time_limit):
                 await self._one.acquire()
@@ -74,8 +72,6 @@ class Tracer:
         return describe(model, chain, request, replace(measured, connect_time=search_time + measured.connect_time))
 
     async def _measure(self, model: ModelPicture, chain: Chain, request: TraceRequest) -> Measured:
-        from .measuring import measure
-
         try:
             async with asyncio.timeout(self._time_limit):
                 return await measure(self._node, model, chain, request.prompt_tokens, request.new_tokens)
@@ -84,11 +80,6 @@ class Tracer:
                 f"the trace was given up after {self._time_limit:g} s: its servers live but are slow; "
                 "ask for fewer tokens"
             ) from error
-
-
-def _load() -> None:
-    """Takes seconds the first time, which would hold up the loop."""
-    from . import measuring  # noqa: F401
 
 
 def find_best(model: ModelPicture, request: TraceRequest) -> Chain:

@@ -215,7 +215,9 @@ async def test_behind_a_relay(world: World) -> None:
     check_success(await checks.check(picture_of(hidden.peer_id, info), hidden.peer_id), "relay")
 
     none_left = picture_of(hidden.peer_id, info_of(relayed=True))
-    check_failure(await checks.check(none_left, hidden.peer_id), "relay", "has none at the moment; wait until it")
+    check_failure(
+        await checks.check(none_left, hidden.peer_id), "relay", "has none at the moment; check that it and its relay"
+    )
     wrong = picture_of(hidden.peer_id, info_of(relayed=True, relays=(first.peer_id,)))
     name = re.escape(f"its relay ...{first.peer_id[-6:]}")
     check_failure(await checks.check(wrong, hidden.peer_id), "relay", f"{name} refuses to carry")

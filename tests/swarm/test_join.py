@@ -118,6 +118,7 @@ async def test_the_peer_that_came_nearest_decides_the_advice(first: Node) -> Non
         ("dial tcp 10.0.0.1:1: i/o timeout", "dial"),
         ("dial tcp 10.0.0.1:1: connect: no route to host", "dial"),
         ("failed to negotiate security protocol: context deadline exceeded", "handshake"),
+        ("all dials failed * [/ip4/10.0.0.1/tcp/1] dial backoff", "dial"),
         ("words that nobody foresaw", "dial"),
     ],
 )
