@@ -15,6 +15,8 @@ from swarm.data_structures import Frozen, PeerName, ServerState
 Blocks = Annotated[tuple[int, int], Field(description="First block, and the one after the last.")]
 Seconds = Annotated[float, Field(ge=0, description="Seconds.")]
 Moment = Annotated[float, Field(ge=0, description="Unix time in seconds.")]
+Way = Literal["direct", "relay"]
+ReachabilityStep = Literal["find", "relay", "dial", "handshake", "answer"]
 
 
 class HopReport(Frozen):
@@ -212,9 +214,9 @@ class ReachabilityReport(Frozen):
 
     peer_id: str
     reachable: bool
-    way: Literal["direct", "relay"] | None
+    way: Way | None
     round_trip: Seconds | None
-    step: Literal["find", "relay", "dial", "handshake", "answer"] | None
+    step: ReachabilityStep | None
     reason: str | None
 
 
