@@ -94,6 +94,8 @@ class KVCache:
         self.num_evictions = 0
         #: called, on any thread, when pages became free
         self.on_release: Callable[[], None] = lambda: None
+        #: called, on the thread that evicts, for every session that is evicted
+        self.on_evict: Callable[[], None] = lambda: None
         self._sessions: dict[SessionCache, None] = {}  # those not released, oldest first
         self._device, self._dtype = device, dtype
         self._keys: list[torch.Tensor | None] = [None] * num_layers
@@ -181,6 +183,7 @@ class KVCache:
             if session in self._sessions:
                 session.evicted = True
                 self.num_evictions += 1
+                self.on_evict()
                 for row in session.rows:
                     self._release(row)
 
@@ -236,6 +239,11 @@ class KVCache:
         """Pages that no row has taken, reserved or not."""
         with self._lock:
             return sum(self._free)
+
+    @property
+    def tokens_used(self) -> int:
+        """Tokens that fit into the pages that rows have taken."""
+        return (self.num_pages - self.free_pages) * self.page_size
 
     def pages_missing(self, row: RowCache, length: int, *, spare: int = 0) -> int:
         """Pages that the row must take for `length` tokens, and `spare` more if its max_length allows them.
