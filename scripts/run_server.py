@@ -296,4 +296,5 @@ def _status(server: Server) -> ServerStatus:
         model="" if model is None else model.name,
         span="" if span is None or state == "paused" else str(span),
         state=state,
+        metrics_url=server.metrics_url or "",
     )

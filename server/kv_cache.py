@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from .adapters.applied import Adapter
 
 
+def capacity_of(cache_tokens: int, page_size: int) -> int:
+    """Tokens of a cache that is given so many: whole pages, at least one."""
+    return max(1, cache_tokens // page_size) * page_size
+
+
 class RowCache:
     """One row's share of the cache: `length` tokens in `pages`, at most `max_length`. Owned by `KVCache`.
 
@@ -87,7 +92,7 @@ class KVCache:
     ):
         """overcommit: how many times its own size all sessions together may reserve, at least 1."""
         self.page_size = page_size
-        self.num_pages = max(1, cache_tokens // page_size)
+        self.num_pages = capacity_of(cache_tokens, page_size) // page_size
         #: A page that belongs to nobody: padding of a batch may write there.
         self.scratch_page = self.num_pages
         self.overcommit = overcommit
@@ -110,11 +115,6 @@ class KVCache:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a single-row session could reserve in an empty cache."""
-        return self.num_pages * self.page_size
 
     @property
     def tokens_left(self) -> int:

@@ -12,10 +12,10 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     InfoMetricFamily,
-    StateSetMetricFamily,
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from swarm.data_structures import ModelInfo, ServerInfo
 
@@ -79,9 +79,10 @@ class ServerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         figures = self._figures()
         state = "joining" if figures is None else figures.state
-        yield StateSetMetricFamily(
-            "swarm_server_state", "1 for the state that the server is in.", {name: name == state for name in STATES}
-        )
+        states = GaugeMetricFamily("swarm_server_state", "1 for the state that the server is in.", labels=["state"])
+        for name in STATES:
+            states.add_metric([name], int(name == state))
+        yield states
         if figures is not None:
             yield _what_it_is(figures)
             yield from _gauges(figures)
@@ -159,7 +160,8 @@ def _histograms(tally: Tally) -> Iterator[Metric]:
         ("batch_rows", "Rows of the batches that the device ran.", tally.batch_rows),
         (
             "time_to_first_token_seconds",
-            "From the arrival of a session's first step to its answer: this server's part.",
+            "From the arrival of a session's first step to its answer: this server's part. A prompt over 16 MiB "
+            "comes in several steps, of which the first counts.",
             tally.first_token_time,
         ),
         (
@@ -187,5 +189,5 @@ def _counters_by(name: str, meaning: str, label: str, values: dict[str, float]) 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
     """As Prometheus wants them: each counts those below it, too."""
-    names = [*(f"{bound:g}" for bound in histogram.bounds), "+Inf"]
+    names = [*map(floatToGoString, histogram.bounds), "+Inf"]
     return list(zip(names, accumulate(histogram.counts), strict=True))

@@ -363,7 +363,7 @@ class Server:
 
     def _info(self) -> ServerInfo:
         """What this server announces, as it is now."""
-        hosting, announcer, sizes = self._hosting, self._announcer, self._setup.sizes
+        hosting, announcer, capacity = self._hosting, self._announcer, self._setup.cache_capacity
         speed = self._known_speed if hosting is None else hosting.speed
         load = Load(0, 0) if hosting is None else hosting.engine.load
         return ServerInfo(
@@ -378,8 +378,8 @@ class Server:
             busy_rows=None if hosting is None else hosting.busy_rows,
             session_rows=0 if hosting is None else hosting.session_rows,
             numerics=self._setup.numerics,
-            cache_tokens=sizes.cache_tokens if hosting is None else hosting.cache.capacity,
-            cache_tokens_left=sizes.cache_tokens if hosting is None else hosting.cache_tokens_left,
+            cache_tokens=capacity,
+            cache_tokens_left=capacity if hosting is None else hosting.cache_tokens_left,
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,

@@ -84,6 +84,7 @@ def test_a_server_is_listed_paused_and_resumed(run_swarm: Callable[..., Any], st
         "model": "tiny",
         "span": "0:4",
         "state": "online",
+        "metrics_url": "",
     }
     (row,) = [line.split() for line in run_swarm("servers").out.splitlines() if str(process.pid) in line]
     assert row == [str(process.pid), "home", "QmPeerOfhome", "tiny", "0:4", "online"]
