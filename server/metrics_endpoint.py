@@ -91,15 +91,15 @@ def _listen(host: str, port: int) -> _HttpServer:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         kind = type("_HttpServer", (_HttpServer,), {"address_family": family})
         return kind((host, port), _Handler)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:  # the latter for what is no name of a host
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise PortInUse(
                 f"cannot serve metrics on port {port} of {host}: another program listens there already; choose another "
                 "--metrics-port, or 0 for any free one"
             ) from error
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"cannot serve metrics on port {port} of {host}: {error.strerror or error}; change --metrics-host or "
-            "--metrics-port"
+            f"cannot serve metrics on port {port} of {host}: {reason}; change --metrics-host or --metrics-port"
         ) from error
 
 

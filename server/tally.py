@@ -35,8 +35,8 @@ class Tally:
     """Of one server. Times are in seconds, tokens count once for the whole span.
 
     Written by the engine's thread. batch_rows: of every batch. prefill_tokens, decode_tokens: of steps that were
-    computed; a replay is a prompt to a server. step_time, training_time: that the device was at work for. evictions: of
-    sessions.
+    computed; what a step brings of a row is decoded if it is one token, and a prompt otherwise, as a replay is to a
+    server. step_time, training_time: that the device was at work for. evictions: of sessions.
 
     Written by the event loop. steps: that were answered. first_token_time: from the arrival of a session's first step
     to its answer. token_time: the same of later steps with one token for each row. queue_time, compute_time: of every

@@ -276,7 +276,7 @@ async def test_a_port_in_use(endpoint: MetricsEndpoint) -> None:
             MetricsEndpoint(host, port, Tally(), lambda: FIGURES)
 
 
-@pytest.mark.parametrize("host", ["192.0.2.7", "no such host"])
+@pytest.mark.parametrize("host", ["192.0.2.7", "no such host", "x" * 64])
 async def test_a_host_that_is_not_this_machine(host: str) -> None:
     with pytest.raises(UsageError, match=f"metrics on port 0 of {host}: .*; change --metrics-host"):
         MetricsEndpoint(host, 0, Tally(), lambda: FIGURES)
