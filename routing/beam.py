@@ -94,20 +94,17 @@ def _best_entry(
     cache_tokens: int,
 ) -> tuple[Integers, Integers]:
     """For each holder when hidden states may arrive there from another server, and from which of `leaving`."""
-    places = np.full(len(table.infos), -1)
-    places[holders] = np.arange(len(holders))
-    best = np.full(len(holders), FAR)
-    chosen = np.zeros(len(holders), dtype=np.int64)
+    places = {server: place for place, server in enumerate(holders.tolist())}
+    ways = np.stack([table.edges.of_server(stay.server)[holders] for stay in leaving])
+    arriving = times[[stay.server for stay in leaving], np.newaxis] + ways
     for number, stay in enumerate(leaving):
-        arriving = times[stay.server] + table.edges.of_server(stay.server)[holders]
         for server, visits in stay.servers().items():
-            full = (visits + 1) * cache_tokens > table.cache_left[server]
-            if places[server] >= 0 and (server == stay.server or full):
-                arriving[places[server]] = FAR
-        sooner = arriving < best
-        best[sooner] = arriving[sooner]
-        chosen[sooner] = number
-    return best, chosen
+            if (place := places.get(server)) is not None:
+                full = (visits + 1) * cache_tokens > table.cache_left[server]
+                if server == stay.server or full:
+                    arriving[number, place] = FAR
+    chosen = arriving.argmin(axis=0)  # of equally early ones the first
+    return np.minimum(arriving[chosen, np.arange(len(holders))], FAR), chosen
 
 
 def _parts(stay: Stay | None, end: int) -> list[tuple[int, BlockSpan]]:

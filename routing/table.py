@@ -88,7 +88,7 @@ class ServerTable:
         return replace(self, entry=entry, block=block)
 
 
-def _times(info: ServerInfo, extra_rows: int = 0) -> tuple[int, int]:
+def _times(info: ServerInfo, extra_rows: float = 0.0) -> tuple[int, int]:
     return nanoseconds(entry_time(info, extra_rows)), nanoseconds(span_time(info, 1, extra_rows))
 
 
