@@ -110,6 +110,7 @@ def _replace(
         return
     for peer_id in old:
         if peer_id not in new:
-            announced[peer_id] = {other: ping for other, ping in announced[peer_id].items() if other != by}
+            announced[peer_id] = {**announced[peer_id]}
+            del announced[peer_id][by]
     for peer_id, ping in new.items():
         announced[peer_id] = {**announced.get(peer_id, {}), by: ping}
