@@ -86,7 +86,7 @@ def fastest_chain(
     snapshot: Snapshot,
     wanted: Wanted,
     *,
-    extra_rows: Mapping[str, int] = MappingProxyType({}),
+    extra_rows: Mapping[str, float] = MappingProxyType({}),
     beam_size: int = BEAM_SIZE,
     rng: random.Random | None = None,
 ) -> Chain | None:

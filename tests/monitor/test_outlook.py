@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.dht import ServerRecord
-from swarm.monitor.outlook import MOST_SEARCHED, best_chain, departures, describe_chain
+from swarm.monitor.outlook import MOST_SEARCHED, NOTICEABLE, best_chain, departures, describe_chain
 from swarm.monitor.picture import ModelPicture
 from swarm.routing.chain import chain_time
 from swarm.routing.cost import present_rows
@@ -36,17 +36,24 @@ def without(model: ModelPicture, leaving: ServerRecord) -> ModelPicture:
 @given(randoms)
 def test_like_taking_each_server_away(rng: random.Random) -> None:
     model = draw_picture(rng)
-    found = departures(model, best_chain(model))
+    best = best_chain(model)
+    found = departures(model, best)
     assert set(found) == {server.peer_id for server in model.serving}
     for server in model.serving:
         rest = ModelPicture(model.model, model.snapshot.without({server.peer_id}))
         departure = found[server.peer_id]
         assert set(departure.lost_blocks) == set(rest.missing_blocks) - set(model.missing_blocks)
-        chain = best_chain(rest)
+        later = without(model, server)
+        chain = best_chain(later)
         if chain is None:
             assert departure.step_time is None
-        else:
-            assert departure.step_time == pytest.approx(chain_time(without(model, server).served, chain), abs=1e-6)
+            continue
+        time = chain_time(later.served, chain)
+        assert best is not None and departure.step_time is not None
+        assert departure.step_time >= time - 1e-6
+        # somebody else's leaving is only looked into if it matters
+        exact = server.peer_id in {link.peer_id for link in best} or not present_rows(server.info)
+        assert departure.step_time <= (time if exact else (1 + NOTICEABLE) * time) + 1e-6
 
 
 @settings(max_examples=200)
