@@ -110,7 +110,8 @@ def _replace(
         return
     for peer_id in old:
         if peer_id not in new:
-            announced[peer_id] = {**announced[peer_id]}
-            del announced[peer_id][by]
+            others = dict(announced[peer_id])
+            del others[by]
+            announced[peer_id] = others
     for peer_id, ping in new.items():
         announced[peer_id] = {**announced.get(peer_id, {}), by: ping}
