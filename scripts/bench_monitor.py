@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
+import psutil
 import typer
 
 from .bench_processes import ChildProcess, peak_memory
@@ -50,7 +51,6 @@ def measure(
     sizes: Sequence[int], num_blocks: int, page: bool, runs: int, seed: int, progress: Callable[[str], None]
 ) -> Report:
     """Run the benchmark. Raises UsageError if the page is to be measured without a browser."""
-    from .page_timing import Browser
 
     report = Report(
         "monitor", {"servers": ", ".join(map(str, sizes)), "blocks": num_blocks, "runs": runs, "seed": seed}
@@ -62,12 +62,9 @@ def measure(
             _measure_answers(report, child, url, size, runs, progress)
             report.add(f"{size} servers: memory", "MB", [peak_memory(child.pid) / MEGABYTE])
             if page:
-                with Browser() as browser:
-                    progress(f"{size} servers: the page")
-                    timings = [browser.open(url, size) for _ in range(runs + 1)][1:]  # the browser warms up
-                report.add(f"{size} servers: first paint", "ms", [one.first_paint for one in timings])
-                report.add(f"{size} servers: block map drawn", "ms", [one.map_drawn for one in timings])
-    for name, goal in ((f"{1000} servers: state", STATE_GOAL), ("1000 servers: first paint", PAINT_GOAL)):
+                progress(f"{size} servers: the page")
+                _measure_page(report, child, url, size, runs)
+    for name, goal in (("1000 servers: state", STATE_GOAL), ("1000 servers: first paint", PAINT_GOAL)):
         if name in report.medians:
             report.ratios[f"{name} / {goal:g} ms"] = report.medians[name] / goal
     return report
@@ -77,23 +74,42 @@ def _measure_answers(
     report: Report, child: ChildProcess, url: str, size: int, runs: int, progress: Callable[[str], None]
 ) -> None:
     pictures, first, again, unchanged = list[float](), list[float](), list[float](), list[float]()
-    address = urlsplit(url).netloc
+    worked = list[float]()
+    address, process = urlsplit(url).netloc, psutil.Process(child.pid)
     for number in range(runs + 1):
         progress(f"{size} servers: " + (f"run {number} of {runs}" if number else "warming up"))
         child.ask("change")
         pictures.append(MILLISECONDS * child.answer()["seconds"])
-        answers = [ask(address), ask(address)]
-        answers.append(ask(address, answers[0].tag))
+        before = process.cpu_times()
+        answers = [ask(address)]
+        after = process.cpu_times()
+        worked.append(MILLISECONDS * (after.user + after.system - before.user - before.system))
+        answers += [ask(address), ask(address, answers[0].tag)]
         assert [answer.status for answer in answers] == [200, 200, 304], "the state did not change just once"
         for times, answer in zip((first, again, unchanged), answers, strict=True):
             times.append(MILLISECONDS * answer.seconds)
     report.add(f"{size} servers: picture", "ms", pictures[1:])
     report.add(f"{size} servers: state", "ms", first[1:])
+    report.add(f"{size} servers: state, processor time", "ms", worked[1:])
     report.add(f"{size} servers: state, once more", "ms", again[1:])
     report.add(f"{size} servers: state, not changed", "ms", unchanged[1:])
     body = answers[0].body
     report.add(f"{size} servers: state, compressed", "MB", [len(body) / MEGABYTE])
     report.add(f"{size} servers: state, in full", "MB", [len(gzip.decompress(body)) / MEGABYTE])
+
+
+def _measure_page(report: Report, child: ChildProcess, url: str, size: int, runs: int) -> None:
+    from .page_timing import Browser
+
+    timings = []
+    with Browser() as browser:
+        for _ in range(runs + 1):
+            child.ask("change")
+            child.answer()
+            timings.append(browser.open(url, size))
+    del timings[0]  # the browser warms up
+    report.add(f"{size} servers: first paint", "ms", [one.first_paint for one in timings])
+    report.add(f"{size} servers: block map drawn", "ms", [one.map_drawn for one in timings])
 
 
 class Answer(NamedTuple):
