@@ -68,10 +68,11 @@ class ServerReport(Frozen):
     running_rows, waiting_rows: on the device, and before it. session_rows: of all open sessions.
     cache_tokens, cache_tokens_left: of sessions in all, and of new ones.
     relayed: reached through `relays` only. fixed: it never takes other blocks by itself.
-    round_trip: seconds from the monitor. links: seconds of round trip to servers of the next block, by peer id.
+    round_trip: seconds from the monitor. links: seconds of round trip to servers of the next block, by peer id; the
+    shortest of them, see `summary.MOST_LINKS`.
     started_at, announced_at: of its process, and of what is said here. expires_at: of its record.
     addresses: only if the monitor was told to show them.
-    departure: only of one that serves.
+    departure: only of one that serves; of a chain of hundreds only for the first of them, see `outlook.departures`.
     """
 
     peer_id: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 
 from swarm.data_structures import DECODE_ROWS
 from swarm.dht import ServerRecord
@@ -12,6 +14,9 @@ from .hiding import hide_addresses
 from .outlook import best_chain, departures, describe_chain
 from .picture import ModelPicture, Picture
 from .report import AdapterReport, Departure, ModelReport, ServerReport, SwarmReport
+
+#: Links of a server in a report. Servers announce up to 64, which would be nine tenths of a large swarm's report.
+MOST_LINKS = 16
 
 
 def summarize(picture: Picture, wanted: Iterable[str] = (), *, show_addresses: bool = False) -> SwarmReport:
@@ -76,7 +81,7 @@ def _describe_server(
 ) -> ServerReport:
     info, peer_id = server.info, server.peer_id
     # "dtype/quantisation/device/..." of peers as we are; a stranger may write anything
-    dtype, quantization, device = (*info.numerics.split("/"), None, None, None)[:3]
+    dtype, quantization, device = (*(part or None for part in info.numerics.split("/")), None, None, None)[:3]
     if quantization is None:
         dtype = None
     answers = model.answers(peer_id)
@@ -107,7 +112,7 @@ def _describe_server(
         relays=info.relays,
         fixed=info.fixed,
         round_trip=model.snapshot.pings[peer_id] if answers else None,
-        links=dict(info.next_pings),
+        links=dict(heapq.nsmallest(MOST_LINKS, info.next_pings.items(), key=itemgetter(1))),
         started_at=info.started_at,
         announced_at=info.announced_at,
         expires_at=server.expires,
