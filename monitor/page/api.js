@@ -21,7 +21,7 @@ async function answerOf(response) {
   if (response.ok && answer !== null) return answer;
   let reason = describe(answer?.detail) || `The monitor answered with ${response.status} and no explanation.`;
   const wait = response.headers.get("Retry-After");
-  if (response.status === 429 && wait) reason += ` Try again in ${wait} s.`;
+  if (response.status === 429 && wait && !/try again in/i.test(reason)) reason += ` Try again in ${wait} s.`;
   throw new Error(reason);
 }
 

@@ -57,10 +57,7 @@ export class Details {
       entry("If it leaves", leaving(model, server)),
       entry("Throughput", speed(server)),
       server.forward_rate !== null && entry("Prompts", `${number(server.forward_rate)} tokens/s`),
-      entry(
-        "Load",
-        `${count(server.running_rows, "row")} at work, ${number(server.waiting_rows)} waiting, ${number(server.session_rows)} in sessions`,
-      ),
+      entry("Load", load(server)),
       entry("Cache", `room for ${number(server.cache_tokens_left)} tokens${cache}`),
       entry(
         "Reached",
@@ -81,6 +78,11 @@ export class Details {
       server.addresses && entry("Addresses", list(server.addresses.map((address) => make("code", {}, address)))),
     ].filter(Boolean);
   }
+}
+
+function load(server) {
+  const { running_rows: running, waiting_rows: waiting, session_rows: open } = server;
+  return `${count(running, "row")} at work, ${number(waiting)} waiting, ${number(open)} in sessions`;
 }
 
 function gone(peerId) {

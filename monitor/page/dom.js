@@ -1,8 +1,8 @@
 // Elements made by hand. Strings become text, never markup: most of them were written by strangers.
 
 /**
- * An element. properties: attributes; "class" and functions named "onclick" and so on; null, undefined and false are
- * left out, true is an attribute without value. children: strings, elements, arrays of both; null and false are left out.
+ * An element. properties: attributes, and functions named "onclick" and so on; null, undefined and false are left out,
+ * true is an attribute without value. children: strings, elements, arrays of both; null and false are left out.
  */
 export function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);

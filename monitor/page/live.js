@@ -8,7 +8,7 @@ const SHORTEST_GAP = 1_000; // between two fetches
 const SHARE = 5; // of the time, one part in so many may go into fetching and showing
 const FIRST_RETRY = 1_000;
 const LAST_RETRY = 15_000;
-const OLD = 120; // seconds since the records were read
+const OLD = 600; // seconds since the records were read; normally the monitor says itself if it cannot
 
 export class Live {
   /** onChange: called after each new report, and when the link to the monitor changes. */
@@ -26,14 +26,13 @@ export class Live {
     this._fetchedAt = -Infinity;
     this._took = 0; // milliseconds, the last time
     this._timer = null;
+    this._listening = null;
   }
 
   start() {
     this._listen();
     this._look();
-    document.addEventListener("visibilitychange", () => {
-      if (!document.hidden) this._schedule(0);
-    });
+    document.addEventListener("visibilitychange", () => this._listen());
     window.addEventListener("online", () => this._schedule(0));
   }
 
@@ -47,20 +46,23 @@ export class Live {
     if (!this.report) return null;
     if (this.report.trouble) return this.report.trouble;
     const since = this.now() - this.report.read_at;
-    return this.report.read_at && since > OLD ? "the monitor has read no records for more than two minutes" : null;
+    return this.report.read_at && since > OLD ? "the monitor has read no records for more than ten minutes" : null;
   }
 
+  // A page in the background only looks now and then: browsers have few connections for all pages of a site.
   _listen() {
+    this._events?.close();
+    if (document.hidden) return;
     this._events = openEvents();
     this._events.addEventListener("revision", (event) => {
-      if (!document.hidden && Number(event.data) !== this.report?.revision) this._schedule(0);
+      if (Number(event.data) !== this.report?.revision) this._schedule(0);
     });
     this._events.addEventListener("error", () => {
       this._schedule(0); // tells whether only this stream ended, or the monitor
       if (this._events.readyState !== EventSource.CLOSED) return; // the browser tries again by itself
-      this._events.close();
       this._retry = Math.min(2 * this._retry, LAST_RETRY);
-      setTimeout(() => this._listen(), this._retry);
+      clearTimeout(this._listening);
+      this._listening = setTimeout(() => this._listen(), this._retry);
     });
     this._events.addEventListener("open", () => {
       this._retry = FIRST_RETRY;
@@ -105,7 +107,7 @@ export class Live {
     this._took = performance.now() - this._fetchedAt;
     const again = this._again;
     this._again = false;
-    const alone = this._events.readyState !== EventSource.OPEN;
+    const alone = !document.hidden && this._events?.readyState !== EventSource.OPEN;
     this._schedule(again ? 0 : alone ? LOOK_PERIOD_ALONE : LOOK_PERIOD);
   }
 }

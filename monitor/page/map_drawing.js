@@ -177,12 +177,11 @@ function drawReplicas(context, { sizes, palette, model, view }, span) {
       context.fillText(replicas ? (replicas < 1000 ? number(replicas) : "…") : "✕", x + width / 2, bottom - 5);
     }
   });
-  drawWeakMarks(context, { sizes, palette, model, fewest, most }, span);
+  if (fewest < most && !(roomy && fewest === 0)) drawWeakMarks(context, { palette, model, fewest }, span);
 }
 
 // A run of weak blocks has one mark, in its middle.
-function drawWeakMarks(context, { palette, model, fewest, most }, span) {
-  if (fewest === most && fewest > 0) return;
+function drawWeakMarks(context, { palette, model, fewest }, span) {
   context.font = `9px ${FONT}`;
   let start = null;
   for (let block = 0; block <= model.num_blocks; block++) {

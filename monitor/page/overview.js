@@ -21,7 +21,8 @@ export function showOverview(model) {
 
 function completeness(model) {
   if (model.complete) return figure("Complete", "✓ yes", `all ${count(model.num_blocks, "block")} are served`, "good");
-  return figure("Complete", "✕ no", `nobody serves ${ranges(model.missing_blocks)} of ${model.num_blocks}`, "bad");
+  const missing = `nobody serves ${ranges(model.missing_blocks)} of ${model.num_blocks}`;
+  return figure("Complete", "✕ no", missing, "bad");
 }
 
 function replicas(model) {

@@ -58,11 +58,11 @@ function describe(report) {
         ` ${STEPS[name]}: ${outcome}`,
       );
     });
-  const reason = report.reason ? sentence(report.reason) : "The monitor gives no reason.";
+  const reason = sentence(report.reason ?? "the monitor does not say why");
   return make(
     "div",
     { role: "status" },
-    make("p", { class: "message grave" }, `✕ ${shortId(report.peer_id)} cannot be reached. ${reason}`),
+    make("p", { class: "message grave" }, `✕ ${shortId(report.peer_id)} cannot be reached: ${reason}`),
     failed >= 0 && make("ul", { class: "steps-list" }, steps),
   );
 }
