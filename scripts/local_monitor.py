@@ -49,7 +49,7 @@ class LocalMonitor:
         self._ready = threading.Event()
 
     def __enter__(self) -> LocalMonitor:
-        self._log = tempfile.TemporaryFile("w+", prefix="petswarm-monitor-")  # noqa: SIM115
+        self._log = tempfile.TemporaryFile("w+", prefix="petswarm-monitor-")
         self.process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
         )
@@ -89,7 +89,7 @@ class LocalMonitor:
 
 @contextlib.contextmanager
 def headless_browser(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
-    """Debian's Chromium with a profile of its own; nothing is fetched for it. Keeps logs of its console and requests."""
+    """Debian's Chromium with a fresh profile. Keeps logs of its console and requests."""
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service
 

@@ -106,9 +106,9 @@ class Page:
         return {row.split("\t")[0].rpartition(" ")[0] or row: " ".join(row.split("\t")[1:]) for row in rows}
 
     def collect_logs(self) -> None:
-        for entry in self.browser.get_log("browser"):  # type: ignore[no-untyped-call]
+        for entry in self.browser.get_log("browser"):
             self.errors.append(entry["message"])
-        for entry in self.browser.get_log("performance"):  # type: ignore[no-untyped-call]
+        for entry in self.browser.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 self.hosts.add(urlsplit(message["params"]["request"]["url"]).netloc)
