@@ -163,7 +163,10 @@ export class BlockMap {
 
   _key(event) {
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -Infinity, End: Infinity }[event.key];
-    if (event.key === "Enter" && this._focus) this._open(this._focus);
+    if (event.key === "Enter" && this._focus) {
+      event.preventDefault(); // else it would press what has the focus next: the button that closes
+      this._open(this._focus);
+    }
     if (step === undefined || !this._rows?.length) return;
     event.preventDefault();
     const now = this._rows.findIndex((server) => server.peer_id === this._focus);

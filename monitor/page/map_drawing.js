@@ -182,7 +182,7 @@ function drawReplicas(context, { sizes, palette, model, view }, span) {
 
 // A run of weak blocks has one mark, in its middle.
 function drawWeakMarks(context, { palette, model, fewest }, span) {
-  context.font = `9px ${FONT}`;
+  context.font = `600 10px ${FONT}`;
   let start = null;
   for (let block = 0; block <= model.num_blocks; block++) {
     const weak = model.replicas[block] === fewest;
@@ -190,9 +190,18 @@ function drawWeakMarks(context, { palette, model, fewest }, span) {
     if (weak || start === null) continue;
     const [x, width] = span(start, block);
     context.fillStyle = fewest ? palette.warn : palette.bad;
-    context.fillText(fewest ? "▼" : "✕", x + width / 2, HEAD.numbers + 3);
+    if (fewest) drawTriangle(context, x + width / 2, HEAD.numbers - 2);
+    else context.fillText("✕", x + width / 2, HEAD.numbers + 4);
     start = null;
   }
+}
+
+function drawTriangle(context, x, y) {
+  context.beginPath();
+  context.moveTo(x - 5, y);
+  context.lineTo(x + 5, y);
+  context.lineTo(x, y + 7);
+  context.fill();
 }
 
 function drawChain(context, { palette, model, hops }, span) {

@@ -141,7 +141,8 @@ export class ServersPanel {
   _fillName(cell, server) {
     if (!cell.firstChild) {
       const open = () => this._open(cell.dataset.peer);
-      cell.append(make("button", { type: "button", class: "link", onclick: open }), make("code", { class: "muted" }));
+      const button = make("button", { type: "button", class: "link", onclick: open });
+      cell.append(button, " ", make("code", { class: "muted" }));
     }
     cell.dataset.peer = server.peer_id;
     const [button, id] = cell.children;

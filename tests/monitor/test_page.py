@@ -48,7 +48,7 @@ return count;
 
 @dataclass
 class Page:
-    """The page in a browser. errors, hosts: what its console said, and whom it asked, in all tests so far."""
+    """The page in a browser. errors, hosts: what it wrote to its console, and whom it asked."""
 
     browser: Chrome
     url: str
@@ -107,7 +107,8 @@ class Page:
 
     def collect_logs(self) -> None:
         for entry in self.browser.get_log("browser"):
-            self.errors.append(entry["message"])
+            if entry["level"] == "SEVERE":
+                self.errors.append(entry["message"])
         for entry in self.browser.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
@@ -160,7 +161,7 @@ def test_the_swarm_is_shown(page: Page) -> None:
     label = page.run("return document.querySelector('#map-frame canvas').getAttribute('aria-label')")
     assert label == "Block map: 8 blocks by 4 servers, complete"
     page.wait(lambda: page.count_pixels("ink") > 500, "the fastest chain has its outline in the block map")
-    assert page.count_pixels("warn") > 50  # the weakest blocks
+    assert page.count_pixels("warn") > 10  # the mark of the weakest blocks
     assert page.count_pixels("unreachable") == 0
 
     rows = page.rows()
