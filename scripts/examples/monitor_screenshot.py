@@ -6,12 +6,14 @@ Chromium take the picture. Needs the packages chromium and chromium-driver, and 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from swarm.errors import UsageError
+from swarm.scripts import main as front_door
 from swarm.scripts.local_monitor import CHROMEDRIVER, CHROMIUM, LocalMonitor, headless_browser, show_as
 from swarm.scripts.local_swarm import LocalSwarm, ServerSpec
 from swarm.scripts.logs import say
@@ -19,14 +21,13 @@ from swarm.scripts.models import demo_model_folder
 
 PICTURE = Path(__file__).resolve().parent.parent.parent / "docs" / "monitor.png"
 
-#: Blocks, name and further flags of each server. One machine's servers are as fast; fewer blocks make them differ.
+#: Blocks, name and further flags of each server.
 SERVERS = (
     ("0:10", "alice", ()),
     ("10:20", "basement-rack", ()),
     ("20:30", "kiel-2", ()),
     ("0:15", "laptop of Bo", ("--quantization", "int8")),
     ("15:30", "workstation", ()),
-    ("5:25", "lab 4", ("--dtype", "bfloat16")),
 )
 WIDTH = 1180
 SECONDS = 60  # for anything to show
@@ -57,7 +58,7 @@ def screenshot(
         )
         browser.get(monitor.url)
         wait = WebDriverWait(browser, SECONDS)
-        rows = "return document.getElementById('figures').innerText.includes('%d online')" % len(specs)
+        rows = f"return document.getElementById('figures').innerText.includes('{len(specs)} online')"
         wait.until(lambda _: browser.execute_script(rows))
         browser.execute_script("document.getElementById('trace-start').click()")
         wait.until(lambda _: browser.execute_script("return document.querySelector('.waterfall')"))
@@ -71,5 +72,12 @@ def screenshot(
     say(f"{output}: {output.stat().st_size / 1000:.0f} kB")
 
 
+def main() -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(screenshot)
+    command = typer.main.get_command(app)
+    sys.exit(front_door.report(lambda: command.main(args=sys.argv[1:], prog_name="monitor_screenshot")))
+
+
 if __name__ == "__main__":
-    typer.run(screenshot)
+    main()

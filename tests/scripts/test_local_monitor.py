@@ -9,6 +9,6 @@ from swarm.scripts.local_monitor import LocalMonitor, MonitorFailed
 
 def test_a_monitor_that_does_not_start_is_quoted() -> None:
     monitor = LocalMonitor(["/ip4/127.0.0.1/tcp/1"], "--nonsense")
-    with pytest.raises(MonitorFailed, match="the monitor ended: .*--nonsense"), monitor:
+    with pytest.raises(MonitorFailed, match=r"the monitor ended: .*--nonsense"), monitor:
         pass
     assert monitor.process.poll() is not None
