@@ -124,7 +124,9 @@ export class BlockMap {
         context.strokeRect(1, 1, 24, 12);
       }),
     );
-    entries.push(make("li", {}, make("span", { class: "weak", "aria-hidden": "true" }, "▼"), " fewest replicas"));
+    if (!everywhere(this._model)) {
+      entries.push(make("li", {}, make("span", { class: "weak", "aria-hidden": "true" }, "▼"), " fewest replicas"));
+    }
     if (!this._model.complete) {
       entries.push(make("li", {}, make("span", { class: "grave", "aria-hidden": "true" }, "✕"), " nobody serves it"));
     }
@@ -196,7 +198,8 @@ export class BlockMap {
   }
 }
 
-export const everywhere = (model) => model.weakest_blocks.length === model.num_blocks;
+/** Whether all blocks have as many replicas. */
+const everywhere = (model) => model.weakest_blocks.length === model.num_blocks;
 
 function legendEntry(label, draw) {
   const canvas = make("canvas", { class: "swatch", width: 52, height: 28, "aria-hidden": "true" });

@@ -27,9 +27,9 @@ SERVERS = (
     ("10:20", "basement-rack", ()),
     ("20:30", "kiel-2", ()),
     ("0:15", "laptop of Bo", ("--quantization", "int8")),
-    ("15:30", "workstation", ()),
+    ("12:24", "workstation", ("--dtype", "float32")),
 )
-WIDTH = 1180
+WIDTH = 1280
 SECONDS = 60  # for anything to show
 
 
@@ -44,13 +44,13 @@ def screenshot(
     from selenium.webdriver.support.ui import WebDriverWait
 
     specs = [ServerSpec(blocks, ("--public-name", name, *flags)) for blocks, name, flags in SERVERS]
-    say(f"starting {len(specs)} servers ...")
+    say(f"starting {len(specs)} servers")
     with (
         LocalSwarm(demo_model_folder(), specs, flags=["--threads", "1"]) as swarm,
         LocalMonitor(swarm.initial_peers, "--probe-period", "0") as monitor,
         headless_browser() as browser,
     ):
-        say("taking the picture ...")
+        say("taking the picture")
         show_as(browser, WIDTH, 900)
         browser.execute_cdp_cmd(
             "Emulation.setEmulatedMedia",
@@ -63,13 +63,14 @@ def screenshot(
         browser.execute_script("document.getElementById('trace-start').click()")
         wait.until(lambda _: browser.execute_script("return document.querySelector('.waterfall')"))
         height = browser.execute_script(
-            "document.getElementById('reach').hidden = true; return document.documentElement.scrollHeight"
+            "for (const part of ['links', 'reach']) document.getElementById(part).hidden = true;"
+            "return document.documentElement.scrollHeight"
         )
         show_as(browser, WIDTH, height)  # all of it is in sight, so all of it is drawn
         wait.until(lambda _: browser.execute_script("return document.querySelector('#servers-table tbody tr')"))
         wait.until(lambda _: browser.execute_script("return document.querySelector('#map-legend li')"))
         output.write_bytes(browser.get_screenshot_as_png())
-    say(f"{output}: {output.stat().st_size / 1000:.0f} kB")
+    print(f"{output}: {output.stat().st_size / 1000:.0f} kB")
 
 
 def main() -> None:
