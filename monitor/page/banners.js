@@ -4,7 +4,7 @@ import { sentence } from "./api.js";
 import { byId, make, setText } from "./dom.js";
 import { clockTime } from "./format.js";
 
-const MOST = 6;
+const MOST = 4;
 
 export function showBanners(live) {
   const shown = [];

@@ -16,12 +16,13 @@ export class BlockMap {
     this._focus = null; // peer id of the row that the keyboard is on
     this._hover = null;
     this._frame = 0;
+    this._palette = null;
     this._canvas = make("canvas", { role: "img" });
     this._tip = make("div", { class: "tip", hidden: true, "aria-hidden": "true" });
     this._sizer = make("div", { class: "map-sizer" }, this._canvas);
     this._scroller = make("div", { class: "map-scroll", tabindex: "0", role: "group" }, this._sizer);
     byId("map-frame").append(this._scroller, this._tip);
-    this._redraw = whenSeen(byId("map"), () => this._draw());
+    this._redraw = whenSeen(byId("map"), () => this._show());
     this._listen();
   }
 
@@ -45,11 +46,11 @@ export class BlockMap {
   _listen() {
     const later = () => {
       cancelAnimationFrame(this._frame);
-      this._frame = requestAnimationFrame(() => this._model && this._draw());
+      this._frame = requestAnimationFrame(() => this._palette && this._draw());
     };
     this._scroller.addEventListener("scroll", later, { passive: true });
     new ResizeObserver(later).observe(this._scroller);
-    window.addEventListener("themechange", later);
+    window.addEventListener("themechange", () => this._model && this._redraw());
     byId("map-order").addEventListener("change", () => this._changed());
     byId("map-dense").addEventListener("change", () => this._changed());
     this._canvas.addEventListener("pointermove", (event) => this._point(event));
@@ -61,10 +62,17 @@ export class BlockMap {
     this._scroller.addEventListener("keydown", (event) => this._key(event));
   }
 
+  // All that other data or another theme changes.
+  _show() {
+    this._palette = readPalette();
+    this._draw();
+    this._describe();
+    this._legend();
+  }
+
   _draw() {
     const { clientWidth } = this._scroller;
     if (!clientWidth) return;
-    this._palette = readPalette();
     const dense = byId("map-dense").checked;
     const sizes = layout(clientWidth, this._model.num_blocks, this._rows.length, dense);
     this._sizes = sizes;
@@ -89,8 +97,6 @@ export class BlockMap {
       marked: this._hover ?? this._focus,
       dense,
     });
-    this._describe();
-    this._legend();
   }
 
   _describe() {
@@ -178,8 +184,17 @@ export class BlockMap {
     const room = this._scroller.clientHeight - HEAD_HEIGHT - this._sizes.row;
     const { scrollTop } = this._scroller;
     this._scroller.scrollTop = Math.max(top - room, Math.min(scrollTop, top));
+    this._scrollTo(this._rows[next].span[0]);
     setText(byId("map-readout"), this._sentence(this._rows[next]));
     this._draw();
+  }
+
+  // Sideways, if that block is out of sight.
+  _scrollTo(block) {
+    const left = block * this._sizes.block;
+    const room = this._scroller.clientWidth - this._sizes.label;
+    const { scrollLeft } = this._scroller;
+    if (left < scrollLeft || left > scrollLeft + room - 20) this._scroller.scrollLeft = left;
   }
 
   _sentence(server) {

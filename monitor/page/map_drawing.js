@@ -150,6 +150,7 @@ function drawNumbers(context, { sizes, palette, model }, span) {
   context.fillStyle = palette.muted;
   for (let block = 0; block < model.num_blocks; block += step) {
     const [x, width] = span(block, block + 1);
+    if (x < sizes.label - 1) continue; // scrolled under the labels
     context.fillText(String(block), Math.max(x + width / 2, sizes.label + 4), HEAD.numbers / 2 + 0.5);
   }
 }
