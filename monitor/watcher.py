@@ -42,11 +42,11 @@ _TROUBLE = "the records of the swarm could not be read, so what is shown may be 
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """update_period: seconds between two readings of the records, two questions to a server that answers, and two
-    pictures that differ in figures only. In large swarms readings and questions are less frequent.
+    """update_period: seconds between two readings of the records, between two questions to a server that answers, and
+    between two pictures that differ in figures only. In large swarms readings and questions are less frequent.
 
-    Five seconds: servers announce themselves every 20 s, and three of the periods tell of anything before the record of
-    a killed one, which lives a minute, does. That is what clients read too (`routing.router.FRESH_TIME`).
+    Five seconds: newcomers show as soon as clients find them (`routing.router.FRESH_TIME`), and a server that died
+    shows long before its record expires, which takes a minute.
     """
 
     update_period: float = 5.0
@@ -150,6 +150,8 @@ class Watcher:
             age = time.monotonic() - self._published_at
             if _gist(models, self._trouble) != self._gist or age >= self._settings.update_period:
                 self._publish(models)
+            else:
+                self._note()  # figures wait for their time
             await asyncio.sleep(_LEAST_PAUSE)
 
     def _note(self) -> None:

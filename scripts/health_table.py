@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -16,24 +16,24 @@ from .tables import table_console
 
 _STATE_STYLES = {ServerState.ONLINE: "green", ServerState.JOINING: "cyan", ServerState.DRAINING: "yellow"}
 _NOTHING = Text("-")
-#: Heading, whether figures stand there, and whether it may take several lines where the terminal is narrow.
-_COLUMNS = (
-    ("server", False, True),
-    ("peer", False, False),
-    ("blocks", False, False),
-    ("state", False, False),
-    ("way", False, False),
-    ("tokens/s", True, True),
-    ("prompt", True, False),  # tokens/s
-    ("MB/s", True, False),
-    ("numerics", False, True),
-    ("rows", True, False),
-    ("cache used", True, True),
-    ("adapters", True, True),
-    ("up", True, False),
-    ("heard", True, False),  # how long ago
-    ("ping", True, False),
-    ("if it leaves", False, True),
+#: Heading, whether figures stand there, and the least width if it may take several lines on a narrow terminal.
+_COLUMNS: tuple[tuple[str, bool, int | None], ...] = (
+    ("server", False, 8),
+    ("peer", False, None),
+    ("blocks", False, None),
+    ("state", False, None),
+    ("way", False, None),
+    ("tokens\n/s", True, None),
+    ("prompt\ntokens/s", True, None),
+    ("network\nMB/s", True, None),
+    ("numerics", False, 8),
+    ("rows", True, None),
+    ("cache\nused", True, None),
+    ("adap-\nters", True, None),
+    ("up", True, None),
+    ("heard\nago", True, None),
+    ("ping\nms", True, None),
+    ("if it\nleaves", False, 8),
 )
 
 
@@ -75,9 +75,10 @@ def _bar(model: ModelReport) -> Text:
 
 
 def _table(model: ModelReport, now: float) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, is_figure, may_fold in _COLUMNS:
-        table.add_column(name, justify="right" if is_figure else "left", no_wrap=not may_fold, overflow="fold")
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for name, is_figure, least in _COLUMNS:
+        justify: JustifyMethod = "right" if is_figure else "left"
+        table.add_column(name, justify=justify, no_wrap=least is None, min_width=least, overflow="fold")
     for server in model.servers:
         table.add_row(*_row(server, model, now))
     return table
@@ -94,7 +95,7 @@ def _row(server: ServerReport, model: ModelReport, now: float) -> list[Text]:
         _NOTHING if server.forward_rate is None else Text(f"{server.forward_rate:.0f}"),
         _NOTHING if server.network_rate is None else Text(f"{server.network_rate / 1e6:.1f}"),
         _numerics(server),
-        Text(f"{server.running_rows} + {server.waiting_rows}"),  # running and waiting
+        Text(f"{server.running_rows}+{server.waiting_rows}"),  # running and waiting
         _cache(server),
         Text(str(len(server.adapters))) if server.adapters else _NOTHING,
         _since(server.started_at, now),
@@ -112,12 +113,12 @@ def _numerics(server: ServerReport) -> Text:
 
 
 def _cache(server: ServerReport) -> Text:
-    """Of how many tokens which part is taken."""
+    """Which part is taken, of how many tokens."""
     total, left = server.cache_tokens, server.cache_tokens_left
     if not total:
         return Text(f"{_short(left)} left")
     used = min(max(1 - left / total, 0.0), 1.0)
-    return Text(f"{used:.0%} of {_short(total)}", "bold red" if not left else "yellow" if used > 0.9 else "")
+    return Text(f"{used:.0%}/{_short(total)}", "bold red" if not left else "yellow" if used > 0.9 else "")
 
 
 def _short(count: int) -> str:
@@ -140,8 +141,8 @@ def _since(moment: float | None, now: float) -> Text:
 
 def _ping(server: ServerReport) -> Text:
     if server.round_trip is not None:
-        return Text(f"{server.round_trip * 1000:.1f} ms")
-    return Text("no answer", "red") if server.answers is False else Text("not asked")
+        return Text(f"{server.round_trip * 1000:.1f}")
+    return Text("silent", "red") if server.answers is False else Text("?")
 
 
 def _departure(server: ServerReport, model: ModelReport) -> Text:

@@ -38,7 +38,9 @@ SUBCOMMANDS = {
     ),
     "generate": Subcommand("swarm.scripts.generate", "generate", "Complete a prompt over the swarm."),
     "chat": Subcommand("swarm.scripts.chat", "chat", "Chat with a model over the swarm."),
-    "health": Subcommand("swarm.scripts.health", "health", "Show models, blocks and servers of a swarm."),
+    "health": Subcommand(
+        "swarm.scripts.health", "health", "Show models, blocks and servers of a swarm: a web page, tables or JSON."
+    ),
     "models": Subcommand(
         "swarm.scripts.list_models", "list_models", "List the models of a swarm, and whether each is complete."
     ),

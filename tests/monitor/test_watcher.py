@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import ServerRecord
 from swarm.errors import NetworkError, PeerUnreachable
 from swarm.monitor import watcher as watcher_module
+from swarm.monitor.asking import AskLimits
 from swarm.monitor.picture import ModelPicture, Picture
 from swarm.monitor.watcher import Watcher, WatchSettings
 from swarm.node import Node, NodeConfig
@@ -43,12 +45,18 @@ class FakeSight:
         self.unreadable: Collection[str] = ()
         self.seconds = 1000.0
         self.known_addresses: dict[str, tuple[str, ...]] = {}
+        self.frozen = False
+
+    async def _wait_if_frozen(self) -> None:
+        while self.frozen:
+            await asyncio.Event().wait()
 
     def add(self, peer_id: str, said: ServerInfo, model: ModelInfo = LLAMA, expires: float = 1060.0) -> None:
         self.records.setdefault(model, []).append(ServerRecord(peer_id, said, expires))
         self.answers.setdefault(peer_id, said)
 
     async def models(self) -> Mapping[str, ModelInfo]:
+        await self._wait_if_frozen()
         if "models" in self.unreadable:
             raise NetworkError("nobody at /ip4/192.0.2.7/tcp/31337 answers")
         return {model.fingerprint: model for model in self.records}
@@ -59,6 +67,7 @@ class FakeSight:
         return [record for model, all_ in self.records.items() if model.fingerprint == fingerprint for record in all_]
 
     async def ask(self, peer_id: str, timeout: float) -> tuple[float, ServerInfo]:
+        await self._wait_if_frozen()
         if peer_id not in self.answers:
             raise PeerUnreachable("gone")
         return 0.02, self.answers[peer_id]
@@ -68,7 +77,9 @@ class FakeSight:
 
 
 def watch(sight: FakeSight, update_period: float = 0.01) -> Watcher:
-    return Watcher(cast(Node, None), WatchSettings(update_period), sight=sight, now=lambda: sight.seconds)
+    limits = AskLimits(timeout=3600.0)
+    now = partial(getattr, sight, "seconds")
+    return Watcher(cast(Node, None), WatchSettings(update_period), sight=sight, limits=limits, now=now)
 
 
 def look(sight: FakeSight) -> Picture:
@@ -102,7 +113,7 @@ async def until(watcher: Watcher, is_so: Callable[[Picture], object]) -> Picture
 
 
 @pytest.fixture(autouse=True)
-def hurry(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures follow each other closely."""
     monkeypatch.setattr(watcher_module, "_LEAST_PAUSE", 0.01)
 
@@ -241,20 +252,30 @@ def test_when_records_cannot_be_read_the_old_ones_stay_until_they_expire(caplog:
     assert len(warnings) == 3  # once each time, not at each attempt
 
 
-def test_figures_alone_make_no_new_picture_before_the_period_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("update_period", [0.5, 3600.0])
+def test_figures_alone_make_a_new_picture_when_the_period_ends(update_period: float) -> None:
     async def test() -> None:
         sight = FakeSight()
         sight.add("QmA", info())
-        watcher = watch(sight, update_period=3600.0)
+        watcher = watch(sight, update_period)
+
+        def hear(said: ServerInfo) -> None:
+            watcher._asker._infos["QmA"] = said
+            watcher._note()
+
+        def rows(picture: Picture) -> int:
+            return model_of(picture).snapshot.servers[0].info.running_rows
+
         async with running(watcher):
             first = await until(watcher, lambda picture: picture.revision)
-            watcher._asker._infos["QmA"] = info(at=101, running_rows=3)  # the next turn is an hour away
-            watcher._note()
+            sight.frozen = True  # it is told nothing from here on but by us
+            hear(info(at=101, running_rows=3))
+            if update_period < PATIENCE:
+                await until(watcher, lambda picture: rows(picture) == 3)
+                return
             assert await watcher.changed(first.revision, 0.3) == first.revision
-            watcher._asker._infos["QmA"] = info(at=102, running_rows=3, state=ServerState.DRAINING)
-            watcher._note()
-            picture = await until(watcher, lambda picture: picture.revision > first.revision)
-            assert model_of(picture).snapshot.servers[0].info.running_rows == 3
+            hear(info(at=102, running_rows=3, state=ServerState.DRAINING))  # that cannot wait
+            await until(watcher, lambda picture: rows(picture) == 3)
 
     run(test())
 

@@ -454,3 +454,11 @@ def test_the_log_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
         complaints.add(f"record {number}", BadRecord("junk", "reason"))
     assert complaints.counts == {"junk": 3000}
     assert len(complaints_in(caplog)) == 1025
+
+
+async def test_models_that_most_servers_serve_come_first(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def model_servers() -> dict[str, ModelInfo]:
+        return {"QmA": OTHER_MODEL, "QmB": MODEL, "QmC": MODEL}
+
+    monkeypatch.setattr(swarm.directory, "model_servers", model_servers)
+    assert list(await swarm.directory.models()) == [MODEL.fingerprint, OTHER_MODEL.fingerprint]
