@@ -116,7 +116,10 @@ class Snapshot:
         return self._some(tuple(record for record in self.servers if record.peer_id in peer_ids))
 
     def _some(self, servers: tuple[ServerRecord, ...]) -> Snapshot:
-        return self if len(servers) == len(self.servers) else self._after(replace(self, servers=servers))
+        if len(servers) == len(self.servers):
+            return self
+        fewer = replace(self, servers=servers)
+        return self._after(fewer) if "table" in self.__dict__ else fewer  # a table that nobody needed yet helps nobody
 
     @cached_property
     def _by_peer(self) -> dict[str, ServerRecord]:

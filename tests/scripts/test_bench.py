@@ -18,7 +18,6 @@ from swarm.scripts import main as front_door
 from swarm.scripts.bench_agreement import Outcome
 from swarm.scripts.bench_agreement import add_results as add_agreement
 from swarm.scripts.bench_decode import even_spans, summarize
-from swarm.scripts.bench_departures import Departed
 from swarm.scripts.bench_departures import add_results as add_departures
 from swarm.scripts.bench_generation import Generation, check_tokens
 from swarm.scripts.bench_links import LINKS, LinkRun, add_results
@@ -30,6 +29,7 @@ from swarm.scripts.bench_report import Report
 from swarm.scripts.bench_routes import AGAIN
 from swarm.scripts.bench_training import BothPasses, check_difference, figures, relative_difference
 from swarm.scripts.bench_wire import cuts as where_cut
+from swarm.scripts.departures_scene import Departed
 from swarm.scripts.made_adapters import KINDS
 from swarm.scripts.pets_rig import Timing, made_queries
 
