@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from swarm.data_structures import BlockSpan
-from swarm.routing.chain import Chain, chain_time, find_chain
-from swarm.routing.cost import edge_time, entry_time, span_time
+from swarm.routing.chain import Chain, Wanted, chain_time, fastest_chain, find_chain
+from swarm.routing.cost import edge_time, entry_time, present_rows, span_time
 
 from .picture import ModelPicture
 from .report import ChainReport, Departure, HopReport
 
+if TYPE_CHECKING:
+    from swarm.dht import ServerRecord
+
 #: Cache that a server must have free to count: a short session's.
 SESSION_TOKENS = 128
 
+#: Blocks that all searches for the departures of one model's servers go through together, at most: a second or two
+#: with thousands of servers. Strangers may announce a model of any size. 125 servers of a model with 80 blocks.
+MOST_SEARCHED = 10_000
 
-def best_chain(model: ModelPicture, without: str | None = None) -> Chain | None:
-    """The fastest chain of serving servers for a short session of one row; None if some block has none with room.
+#: Of a step's time: by how much the best chain gets slower before another one is looked for.
+NOTICEABLE = 0.1
 
-    without: this server shall not be part of it.
-    """
+
+def best_chain(model: ModelPicture) -> Chain | None:
+    """The fastest chain of serving servers for a short session of one row; None if some block has none with room."""
     whole = BlockSpan(start=0, end=model.model.num_blocks)
-    exclude = () if without is None else (without,)
-    return find_chain(model.served, whole, cache_tokens=SESSION_TOKENS, exclude=exclude)
+    return find_chain(model.served, whole, cache_tokens=SESSION_TOKENS)
 
 
 def describe_chain(model: ModelPicture, chain: Chain) -> ChainReport:
@@ -44,18 +51,57 @@ def describe_chain(model: ModelPicture, chain: Chain) -> ChainReport:
 def departures(model: ModelPicture, best: Chain | None) -> Mapping[str, Departure]:
     """What happens if each of the serving servers leaves, by peer id. best: the fastest chain now.
 
-    Only the leaving of a server of that chain changes it, so only those are searched anew.
+    Its sessions move to other holders of its blocks. Each client chooses what is best from where it is, which nobody
+    else can know, so they are taken to spread evenly: with one holder left, all of them meet there.
+
+    The best chain is searched anew if the server is part of it, or if its sessions would slow that by more than
+    `NOTICEABLE`. If these are more searches than allowed (see `MOST_SEARCHED`), the mapping lacks some servers.
     """
-    used = {link.peer_id for link in best or ()}
     now = None if best is None else chain_time(model.served, best)
+    lonely = tuple(block for block, count in enumerate(model.replicas) if count == 1)
+    used = {link.peer_id for link in best or ()}
+    searches_left = MOST_SEARCHED // model.model.num_blocks
     found = {}
-    for server in model.serving:
-        lost = tuple(block for block in server.info.span.blocks() if model.replicas[block] == 1)
-        time = now
-        if lost:
-            time = None
-        elif server.peer_id in used:
-            rest = best_chain(model, without=server.peer_id)
-            time = None if rest is None else chain_time(model.served, rest)
+    for server in sorted(model.serving, key=lambda server: server.peer_id not in used):
+        lost = tuple(block for block in lonely if block in server.info.span)
+        time = None
+        if best is not None and now is not None and not lost:
+            time = now + _moved_time(model, best, server)
+            if server.peer_id in used or time > (1 + NOTICEABLE) * now:
+                if searches_left == 0:
+                    continue
+                searches_left -= 1
+                time = _time_without(model, server)
         found[server.peer_id] = Departure(lost_blocks=lost, step_time=time)
     return found
+
+
+def _time_without(model: ModelPicture, leaving: ServerRecord) -> float | None:
+    """Seconds of a step through the fastest chain once this server's sessions have moved; None: there is no chain."""
+    moved = {server.peer_id: _moved_rows(model, leaving, server) for server in model.serving}
+    whole = BlockSpan(start=0, end=model.model.num_blocks)
+    wanted = Wanted(whole, cache_tokens=SESSION_TOKENS, exclude=(leaving.peer_id,))
+    chain = fastest_chain(model.served, wanted, extra_rows={peer: rows for peer, rows in moved.items() if rows})
+    return None if chain is None else chain_time(model.served, chain) + _moved_time(model, chain, leaving)
+
+
+def _moved_time(model: ModelPicture, chain: Chain, leaving: ServerRecord) -> float:
+    """By how many seconds a step through `chain` gets slower when the sessions of a server that leaves move."""
+    slower = 0.0
+    for link in chain if present_rows(leaving.info) else ():
+        server = model.served.get(link.peer_id)
+        assert server is not None
+        if rows := _moved_rows(model, leaving, server):
+            info, blocks = server.info, len(link.span)
+            slower += entry_time(info, rows) - entry_time(info)
+            slower += span_time(info, blocks, rows) - span_time(info, blocks)
+    return slower
+
+
+def _moved_rows(model: ModelPicture, leaving: ServerRecord, server: ServerRecord) -> float:
+    """How many of the rows that keep `leaving` busy come to `server`, on average."""
+    one, other = leaving.info.span, server.info.span
+    shared = model.replicas[max(one.start, other.start) : min(one.end, other.end)]
+    if not shared or server is leaving:
+        return 0.0
+    return present_rows(leaving.info) / (min(shared) - 1)

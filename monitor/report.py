@@ -15,6 +15,8 @@ from swarm.data_structures import Frozen, PeerName, ServerState
 Blocks = Annotated[tuple[int, int], Field(description="First block, and the one after the last.")]
 Seconds = Annotated[float, Field(ge=0, description="Seconds.")]
 Moment = Annotated[float, Field(ge=0, description="Unix time in seconds.")]
+Way = Literal["direct", "relay"]
+ReachabilityStep = Literal["find", "relay", "dial", "handshake", "answer"]
 
 
 class HopReport(Frozen):
@@ -66,10 +68,11 @@ class ServerReport(Frozen):
     running_rows, waiting_rows: on the device, and before it. session_rows: of all open sessions.
     cache_tokens, cache_tokens_left: of sessions in all, and of new ones.
     relayed: reached through `relays` only. fixed: it never takes other blocks by itself.
-    round_trip: seconds from the monitor. links: seconds of round trip to servers of the next block, by peer id.
+    round_trip: seconds from the monitor. links: seconds of round trip to servers of the next block, by peer id; the
+    shortest of them, see `summary.MOST_LINKS`.
     started_at, announced_at: of its process, and of what is said here. expires_at: of its record.
     addresses: only if the monitor was told to show them.
-    departure: only of one that serves.
+    departure: only of one that serves; of a chain of hundreds only for the first of them, see `outlook.departures`.
     """
 
     peer_id: str
@@ -106,12 +109,11 @@ class ServerReport(Frozen):
     departure: Departure | None
 
 
-class ModelReport(Frozen):
+class ModelOverview(Frozen):
     """One model.
 
     replicas: for each block, how many serving servers hold it. missing_blocks: that none holds.
     weakest_blocks: those with fewest replicas. best_chain: None if there is none.
-    servers: in any state, sorted by span and peer id.
     """
 
     name: str
@@ -123,6 +125,11 @@ class ModelReport(Frozen):
     weakest_blocks: tuple[int, ...]
     replicas: tuple[int, ...]
     best_chain: ChainReport | None
+
+
+class ModelReport(ModelOverview):
+    """One model and its servers: those in any state, sorted by span and peer id."""
+
     servers: tuple[ServerReport, ...]
 
 
@@ -208,7 +215,13 @@ class ReachabilityReport(Frozen):
 
     peer_id: str
     reachable: bool
-    way: Literal["direct", "relay"] | None
+    way: Way | None
     round_trip: Seconds | None
-    step: Literal["find", "relay", "dial", "handshake", "answer"] | None
+    step: ReachabilityStep | None
     reason: str | None
+
+
+class ErrorReport(Frozen):
+    """Why the monitor does not do what was asked. detail: a sentence."""
+
+    detail: str

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 
 from swarm.data_structures import DECODE_ROWS
 from swarm.dht import ServerRecord
 from swarm.routing.snapshot import format_blocks
 
+from .hiding import hide_addresses
 from .outlook import best_chain, departures, describe_chain
 from .picture import ModelPicture, Picture
 from .report import AdapterReport, Departure, ModelReport, ServerReport, SwarmReport
+
+#: Links of a server in a report. Servers announce up to 64, which would be nine tenths of a large swarm's report.
+MOST_LINKS = 16
 
 
 def summarize(picture: Picture, wanted: Iterable[str] = (), *, show_addresses: bool = False) -> SwarmReport:
@@ -20,7 +26,7 @@ def summarize(picture: Picture, wanted: Iterable[str] = (), *, show_addresses: b
     return SwarmReport(
         healthy=not found,
         problems=tuple(found),
-        trouble=picture.trouble,
+        trouble=picture.trouble if show_addresses else hide_addresses(picture.trouble),
         revision=picture.revision,
         made_at=picture.made_at,
         read_at=picture.read_at,
@@ -75,7 +81,7 @@ def _describe_server(
 ) -> ServerReport:
     info, peer_id = server.info, server.peer_id
     # "dtype/quantisation/device/..." of peers as we are; a stranger may write anything
-    dtype, quantization, device = (*info.numerics.split("/"), None, None, None)[:3]
+    dtype, quantization, device = (*(part or None for part in info.numerics.split("/")), None, None, None)[:3]
     if quantization is None:
         dtype = None
     answers = model.answers(peer_id)
@@ -106,7 +112,7 @@ def _describe_server(
         relays=info.relays,
         fixed=info.fixed,
         round_trip=model.snapshot.pings[peer_id] if answers else None,
-        links=dict(info.next_pings),
+        links=dict(heapq.nsmallest(MOST_LINKS, info.next_pings.items(), key=itemgetter(1))),
         started_at=info.started_at,
         announced_at=info.announced_at,
         expires_at=server.expires,

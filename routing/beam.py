@@ -73,7 +73,7 @@ def search(
             offset = len(stays)
             left = [Stay(int(at), int(starts[at]), stays[parents[at]]) for at in leaving]
             stays += left
-            entering, chosen = _best_entry(table, times, left, holders, cache_tokens)
+            entering, chosen = _best_entry(table, times, left, holders, cache_tokens, len(span))
             chosen += offset
         entering = entering + table.entry[holders]
         enters = entering < staying
@@ -92,22 +92,24 @@ def _best_entry(
     leaving: list[Stay],
     holders: Integers,
     cache_tokens: int,
+    most_visits: int,
 ) -> tuple[Integers, Integers]:
-    """For each holder when hidden states may arrive there from another server, and from which of `leaving`."""
-    places = np.full(len(table.infos), -1)
-    places[holders] = np.arange(len(holders))
-    best = np.full(len(holders), FAR)
-    chosen = np.zeros(len(holders), dtype=np.int64)
+    """For each holder when hidden states may arrive there from another server, and from which of `leaving`.
+
+    most_visits: how often a server can come in the chain.
+    """
+    places = {server: place for place, server in enumerate(holders.tolist())}
+    tight = not (table.cache_left[holders] >= most_visits * cache_tokens).all()
+    arriving = np.empty((len(leaving), len(holders)), dtype=np.int64)
     for number, stay in enumerate(leaving):
-        arriving = times[stay.server] + table.edges.of_server(stay.server)[holders]
-        for server, visits in stay.servers().items():
-            full = (visits + 1) * cache_tokens > table.cache_left[server]
-            if places[server] >= 0 and (server == stay.server or full):
-                arriving[places[server]] = FAR
-        sooner = arriving < best
-        best[sooner] = arriving[sooner]
-        chosen[sooner] = number
-    return best, chosen
+        arriving[number] = times[stay.server] + table.edges.of_server(stay.server)[holders]
+        if (place := places.get(stay.server)) is not None:
+            arriving[number, place] = FAR
+        for server, visits in stay.servers().items() if tight else ():
+            if (place := places.get(server)) is not None and (visits + 1) * cache_tokens > table.cache_left[server]:
+                arriving[number, place] = FAR
+    chosen = arriving.argmin(axis=0)  # of equally early ones the first
+    return np.minimum(arriving[chosen, np.arange(len(holders))], FAR), chosen
 
 
 def _parts(stay: Stay | None, end: int) -> list[tuple[int, BlockSpan]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from .beam import search
 from .cost import cache_factor, company_time, edge_time, entry_time, span_time
 from .snapshot import Snapshot
 from .table import ServerTable
-from .units import Booleans, Integers
+from .units import FAR, Booleans, Integers
 
 #: Partial chains per block boundary that may go on to another server. Exact where no block has more holders.
 BEAM_SIZE = 16
@@ -87,7 +86,7 @@ def fastest_chain(
     snapshot: Snapshot,
     wanted: Wanted,
     *,
-    extra_rows: Mapping[str, int] = MappingProxyType({}),
+    extra_rows: Mapping[str, float] = MappingProxyType({}),
     beam_size: int = BEAM_SIZE,
     rng: random.Random | None = None,
 ) -> Chain | None:
@@ -127,14 +126,11 @@ def chain_time(
 def usable_servers(snapshot: Snapshot, wanted: Wanted) -> Booleans:
     """Which servers of the table may be part of such a chain, numerics aside."""
     table, index = snapshot.table, snapshot.table.index
-    usable = (table.online == 1) & (table.cache_left >= wanted.cache_tokens)
+    usable = (table.online == 1) & (table.cache_left >= wanted.cache_tokens) & (snapshot.client_edges < FAR)
     if wanted.allowed is not None:
         usable &= _marked(table, wanted.allowed)
     for peer_id in wanted.exclude:
         if peer_id in index:
-            usable[index[peer_id]] = False
-    for peer_id, round_trip in snapshot.pings.items():
-        if round_trip == math.inf and peer_id in index:
             usable[index[peer_id]] = False
     for ref in wanted.adapters:
         usable &= table.able(ref)
@@ -151,8 +147,7 @@ def usable_peers(snapshot: Snapshot, wanted: Wanted, blocks: Collection[int]) ->
 
 def edges_to(snapshot: Snapshot, peer_id: str | None) -> Integers:
     """Nanoseconds between each server and this peer; None is the client."""
-    edges = snapshot.table.edges
-    return edges.of_client(snapshot.pings) if peer_id is None else edges.of_peer(peer_id)
+    return snapshot.client_edges if peer_id is None else snapshot.table.edges.of_peer(peer_id)
 
 
 def _has_numerics(snapshot: Snapshot, numerics: str) -> Booleans:

@@ -123,7 +123,7 @@ def step_time(server: ServerInfo, num_rows: float) -> float:
     return time + per_row * (num_rows - rows)
 
 
-def entry_time(server: ServerInfo, extra_rows: int = 0) -> float:
+def entry_time(server: ServerInfo, extra_rows: float = 0.0) -> float:
     """Seconds that a step spends in a server beside its own computation.
 
     The step joins the next batch. While one row is at work for a share of the time, a batch is in progress with that
@@ -134,13 +134,13 @@ def entry_time(server: ServerInfo, extra_rows: int = 0) -> float:
     return HOP_TIME + queue_time + company_time(server, extra_rows) + (RELAY_TIME if server.relayed else 0.0)
 
 
-def company_time(server: ServerInfo, extra_rows: int = 0) -> float:
+def company_time(server: ServerInfo, extra_rows: float = 0.0) -> float:
     """Seconds of a batch with rows of others, who use the whole span as far as we know, times how likely that is."""
     rows = present_rows(server) + extra_rows
     return min(1.0, rows) * step_time(server, 1 + rows)
 
 
-def span_time(server: ServerInfo, num_blocks_used: int, extra_rows: int = 0) -> float:
+def span_time(server: ServerInfo, num_blocks_used: int, extra_rows: float = 0.0) -> float:
     """Seconds that the server computes on one more row in so many of its blocks, times how likely it is alone then."""
     rows = present_rows(server) + extra_rows
     return max(0.0, 1.0 - rows) * num_blocks_used / len(server.span) * step_time(server, 1 + rows)

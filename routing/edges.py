@@ -15,8 +15,9 @@ from .units import Integers, nanoseconds
 if TYPE_CHECKING:
     from swarm.data_structures import ServerInfo
 
-#: Rows that are kept: a search needs those of the servers in its beams, and the next search mostly the same.
-_MAX_ROWS = 512
+#: Numbers in the rows that are kept, 8 bytes each: a search needs the rows of the servers in its beams, and the next
+#: search mostly the same. With 1,000 servers all rows are kept, with 10,000 the 512 that one search may need.
+_MAX_NUMBERS = 512 * 10_000
 
 
 class Edges:
@@ -55,7 +56,7 @@ class Edges:
         """Between this server and each."""
         if (row := self._rows.get(server)) is None:
             row = self._make_row(server)
-            if len(self._rows) >= _MAX_ROWS:
+            if len(self._rows) * len(row) >= _MAX_NUMBERS:
                 self._rows.clear()
             self._rows[server] = row
         return row
@@ -109,6 +110,8 @@ def _replace(
         return
     for peer_id in old:
         if peer_id not in new:
-            announced[peer_id] = {other: ping for other, ping in announced[peer_id].items() if other != by}
+            others = dict(announced[peer_id])
+            del others[by]
+            announced[peer_id] = others
     for peer_id, ping in new.items():
         announced[peer_id] = {**announced.get(peer_id, {}), by: ping}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from swarm.data_structures import BlockSpan, ServerState
+from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.errors import BadSpan
 
 from .cost import counted_throughputs
@@ -20,8 +20,7 @@ def block_throughputs(num_blocks: int, records: Iterable[ServerRecord]) -> list[
 
     Spans that lie outside the model are left out, as snapshots leave them out.
     """
-    present = (ServerState.ONLINE, ServerState.JOINING)
-    infos = [one.info for one in records if one.info.state in present and one.info.span.end <= num_blocks]
+    infos = _present(num_blocks, records)
     holders: list[list[float]] = [[] for _ in range(num_blocks)]
     for info, throughput in zip(infos, counted_throughputs(infos), strict=True):
         for block in info.span.blocks():
@@ -92,7 +91,12 @@ def makes_room(peer_id: str, record: ServerRecord, seen_before: Collection[str])
 
 
 def uncovered_blocks(num_blocks: int, records: Iterable[ServerRecord]) -> list[int]:
-    """Blocks that nobody serves or is about to."""
-    present = [one.info.span for one in records if one.info.state in (ServerState.ONLINE, ServerState.JOINING)]
-    held = {block for span in present for block in span.blocks()}
+    """Blocks that nobody serves or is about to. Spans that lie outside the model are left out here, too."""
+    held = {block for info in _present(num_blocks, records) for block in info.span.blocks()}
     return [block for block in range(num_blocks) if block not in held]
+
+
+def _present(num_blocks: int, records: Iterable[ServerRecord]) -> list[ServerInfo]:
+    """Of servers that serve blocks of this model or are about to."""
+    states = (ServerState.ONLINE, ServerState.JOINING)
+    return [one.info for one in records if one.info.state in states and one.info.span.end <= num_blocks]

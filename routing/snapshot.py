@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 
 from .table import ServerTable
+from .units import Integers
 
 if TYPE_CHECKING:  # the decisions made from a snapshot need no network library
     from swarm.dht import ServerRecord
@@ -84,6 +85,11 @@ class Snapshot:
         """The servers as columns of numbers, in their order."""
         return ServerTable.build(self.servers)
 
+    @cached_property
+    def client_edges(self) -> Integers:
+        """Nanoseconds between this peer and each server of the table, [servers]; `FAR` to one that does not answer."""
+        return self.table.edges.of_client(self.pings)
+
     def get(self, peer_id: str) -> ServerRecord | None:
         """The record of this peer, in whatever state it is."""
         return self._by_peer.get(peer_id)
@@ -103,11 +109,17 @@ class Snapshot:
 
     def without(self, peer_ids: Collection[str]) -> Snapshot:
         """The same picture without these peers."""
-        return replace(self, servers=tuple(record for record in self.servers if record.peer_id not in peer_ids))
+        return self._some(tuple(record for record in self.servers if record.peer_id not in peer_ids))
 
     def only(self, peer_ids: Collection[str]) -> Snapshot:
         """The same picture with no other peers than these."""
-        return replace(self, servers=tuple(record for record in self.servers if record.peer_id in peer_ids))
+        return self._some(tuple(record for record in self.servers if record.peer_id in peer_ids))
+
+    def _some(self, servers: tuple[ServerRecord, ...]) -> Snapshot:
+        if len(servers) == len(self.servers):
+            return self
+        fewer = replace(self, servers=servers)
+        return self._after(fewer) if "table" in self.__dict__ else fewer  # a table that nobody needed yet helps nobody
 
     @cached_property
     def _by_peer(self) -> dict[str, ServerRecord]:

@@ -64,7 +64,7 @@ class ServerTable:
             self._able[ref] = np.array([may_serve(info, ref) for info in self.infos], dtype=bool)
         return self._able[ref]
 
-    def with_extra_rows(self, extra_rows: Mapping[str, int]) -> ServerTable:
+    def with_extra_rows(self, extra_rows: Mapping[str, float]) -> ServerTable:
         """As if so many further rows, by peer, were at work."""
         if not extra_rows:
             return self
@@ -72,7 +72,7 @@ class ServerTable:
         for peer_id, rows in extra_rows.items():
             if (at := self.index.get(peer_id)) is not None:
                 entry[at], block[at] = _times(self.infos[at], rows)
-                session_rows[at] += rows
+                session_rows[at] += round(rows)
         return replace(self, entry=entry, block=block, session_rows=session_rows)
 
     def with_short_caches(self, cache_tokens: int) -> ServerTable:
@@ -88,7 +88,7 @@ class ServerTable:
         return replace(self, entry=entry, block=block)
 
 
-def _times(info: ServerInfo, extra_rows: int = 0) -> tuple[int, int]:
+def _times(info: ServerInfo, extra_rows: float = 0.0) -> tuple[int, int]:
     return nanoseconds(entry_time(info, extra_rows)), nanoseconds(span_time(info, 1, extra_rows))
 
 

@@ -8,9 +8,11 @@ from .bench_agreement import agreement
 from .bench_churn import churn
 from .bench_concurrent import concurrent
 from .bench_decode import decode
+from .bench_departures import departures
 from .bench_failover import failover
 from .bench_links import links
 from .bench_memory import memory
+from .bench_monitor import monitor
 from .bench_overcommit import overcommit
 from .bench_pets import pets
 from .bench_prefill import prefill
@@ -37,6 +39,8 @@ for command in (
     links,
     push,
     routes,
+    departures,
+    monitor,
     wire,
     quantization,
     memory,

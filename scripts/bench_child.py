@@ -10,7 +10,7 @@ crowd MODEL DTYPE PROMPT_TOKENS NEW_TOKENS ADDR...: many users in one process. F
     first token) and `evictions`.
 echo MODEL DTYPE PROMPT_TOKENS STEPS ADDR...: sessions without a model. For every line N of its standard input, N
     sessions each take STEPS steps, as fast as answers come back. Prints READY, and for each line RESULT with `seconds`.
-echo-watch, client-watch: see bench_watchers.py.
+echo-watch, client-watch: see bench_watchers.py. monitor: see bench_monitor_child.py.
 imports MODEL MODULE...: only imports, the modules and the model's own class. Prints DONE, then lives likewise.
 """
 
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from .bench_monitor_child import run_monitor
 from .bench_processes import print_result
 from .bench_watchers import run_client_watch, run_echo_watch
 
@@ -149,6 +150,7 @@ def main() -> None:
         "echo-watch": run_echo_watch,
         "client-watch": run_client_watch,
         "imports": run_imports,
+        "monitor": run_monitor,
     }
     programs[what](*arguments)
 

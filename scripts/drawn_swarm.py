@@ -1,4 +1,7 @@
-"""Swarms and chains drawn at random: what `swarm bench routes` measures. Pure, the same for the same seed."""
+"""Swarms and chains drawn at random: what `swarm bench routes` and `swarm bench departures` measure.
+
+Pure, the same for the same seed.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +40,14 @@ class DrawnServer:
     busy_rows: int
 
 
-def draw_servers(rng: random.Random, num_blocks: int, number: int) -> list[DrawnServer]:
-    """Unequal, loaded servers with overlapping spans; each block has `HOLDERS` of them.
+def draw_servers(rng: random.Random, num_blocks: int, number: int, holders: int = HOLDERS) -> list[DrawnServer]:
+    """Unequal, loaded servers with overlapping spans; each block has `holders` of them at least.
 
-    number: of servers, at least 2 * `HOLDERS` / the larger of `PARTS`, or the drawing may not end.
+    number: of servers, at least 2 * `holders` / the larger of `PARTS`, or the drawing may not end.
     """
     while True:
         spans = [_draw_span(rng, num_blocks) for _ in range(number)]
-        if all(sum(block in span for span in spans) >= HOLDERS for block in range(num_blocks)):
+        if all(sum(block in span for span in spans) >= holders for block in range(num_blocks)):
             break
     busy = set(rng.sample(range(number), number // 3))
     return [

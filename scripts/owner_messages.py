@@ -36,7 +36,8 @@ class OwnerRequest(_Message):
 
 
 class ServerStatus(_Message):
-    """A server as its owner sees it. peer_id, model, span: "" where the server does not know yet."""
+    """A server as its owner sees it. peer_id, model, span: "" where the server does not know yet. metrics_url: where
+    it shows its figures to Prometheus; "" if nowhere."""
 
     pid: Annotated[int, Field(ge=1)]
     public_name: _Text = ""
@@ -44,6 +45,7 @@ class ServerStatus(_Message):
     model: _Text = ""
     span: _Text = ""
     state: _Text
+    metrics_url: _Text = ""
 
 
 class OwnerAnswer(_Message):

@@ -146,6 +146,16 @@ def run_server(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of the forward pass.", show_default=False)
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Figures for Prometheus at http://METRICS_HOST:METRICS_PORT/metrics; 0: any free port.",
+            show_default=False,
+        ),
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="Where to listen for those who ask for them.")] = "127.0.0.1",
     announce_period: Annotated[float, typer.Option(min=0.5, help="Seconds between announcements.")] = 20.0,
     rebalance_period: Annotated[
         float,
@@ -218,6 +228,8 @@ def run_server(
             identity_path=identity_path,
             public_name=public_name,
             threads=threads,
+            metrics_port=metrics_port,
+            metrics_host=metrics_host,
             announce_period=announce_period,
             rebalance_period=rebalance_period,
             move_delay=move_delay,
@@ -284,4 +296,5 @@ def _status(server: Server) -> ServerStatus:
         model="" if model is None else model.name,
         span="" if span is None or state == "paused" else str(span),
         state=state,
+        metrics_url=server.metrics_url or "",
     )

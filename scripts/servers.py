@@ -40,9 +40,12 @@ def print_table(found: Sequence[ServerStatus], console: Console | None = None) -
         return
     table = Table(box=SIMPLE_HEAD)
     table.add_column("process", justify="right")
-    for name in ("name", "peer", "model", "blocks", "state"):
+    columns = ["name", "peer", "model", "blocks", "state"]
+    if any(status.metrics_url for status in found):
+        columns.append("metrics")
+    for name in columns:
         table.add_column(name, overflow="fold")
     for status in found:
-        fields = (status.public_name, status.peer_id, status.model, status.span, status.state)
-        table.add_row(Text(str(status.pid)), *(Text(field or "-") for field in fields))
+        fields = (status.public_name, status.peer_id, status.model, status.span, status.state, status.metrics_url)
+        table.add_row(Text(str(status.pid)), *(Text(field or "-") for field in fields[: len(columns)]))
     console.print(table)

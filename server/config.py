@@ -162,6 +162,13 @@ class ServerConfig(BaseModel):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the forward pass. None: let torch decide."""
 
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Show figures for Prometheus at this TCP port, 0: any free one. None: nowhere."""
+
+    metrics_host: Annotated[str, Field(min_length=1, max_length=255)] = "127.0.0.1"
+    """Address of this machine to listen on for those who ask for the figures. They tell no names, but how busy this
+    server is: beyond the machine itself, let a firewall decide who may ask."""
+
     announce_period: Seconds = 20.0
     """Renew the announcement once in this many seconds; it expires after three periods."""
 

@@ -36,6 +36,7 @@ from .reorder import reorder_rows
 from .scheduler import Kind, Waiting, next_batch
 from .settling import Settling
 from .span import Span
+from .tally import Tally
 from .tasks import Piece, StepOutput, StepTask
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,11 @@ class Engine:
         limits: EvictionLimits | None = None,
         max_stall: float = DEFAULT_MAX_STALL,
         adapter_costs: Costs | None = None,
+        tally: Tally | None = None,
     ):
         """max_stall: see `ServerConfig`. limits: of an overcommitted cache. adapter_costs: what batches with adapters
-        take here; without it, the order of prompts follows their deadlines and lengths alone.
+        take here; without it, the order of prompts follows their deadlines and lengths alone. tally: counts what is
+        done, among what was done before.
 
         on_death: called on the engine's thread when that ends though nobody stopped it, which is a bug of ours.
         """
@@ -81,6 +84,7 @@ class Engine:
         #: batches run, and rows in them: their ratio tells how well sessions are batched together
         self.num_batches = 0
         self.num_batched_rows = 0
+        self._tally = Tally() if tally is None else tally
         self._running_rows = 0
         self._threads = threads
         self._on_death = on_death
@@ -90,7 +94,7 @@ class Engine:
         self._settling = Settling()
         self._pages = PageQueue(cache, limits or EvictionLimits())
         self._look_again = 0.0
-        cache.on_release = self._on_release
+        cache.on_release, cache.on_evict = self._on_release, self._on_evict
         self._pace = Pace(max_stall)
         self._pass_runner = PassRunner(span)
         self._free_since = 0.0
@@ -234,7 +238,9 @@ class Engine:
         return self._pass_runner.may_begin(self._pace.seconds_left((), now), now)
 
     def _train(self) -> None:
+        started = time.monotonic()
         if self._pass_runner.run_piece():
+            self._tally.training_time += time.monotonic() - started
             with self._wake:
                 self._free_since = time.monotonic()
                 self._pace.disturbed(self._free_since)
@@ -251,6 +257,9 @@ class Engine:
         with self._wake:
             self._look_again = 0.0
             self._wake.notify()
+
+    def _on_evict(self) -> None:
+        self._tally.evictions += 1
 
     def step(self, tasks: list[StepTask]) -> None:
         """Schedule, run and finish one batch."""
@@ -283,6 +292,7 @@ class Engine:
     def _note_finished(self, pieces: list[Piece], started: float) -> None:
         """Before the results leave: their rows may be back at any moment."""
         self._free_since = time.monotonic()
+        self._tally.step_time += self._free_since - started
         self._running_rows = 0
         leaving = [piece.chunk.cache for piece in pieces if piece.task.done]
         bulk_tokens = sum(piece.chunk.num_tokens for piece in pieces if piece.kind is not Kind.DECODE)
@@ -377,6 +387,7 @@ class Engine:
         elapsed = time.monotonic() - started
         self.num_batches += 1
         self.num_batched_rows += len(outcomes)
+        self._tally.batch_rows.observe(len(outcomes))
         for piece, result in outcomes:
             if isinstance(result, EngineError):
                 piece.task.fail(result)
@@ -400,6 +411,10 @@ class Engine:
                 task.output[piece.first : piece.first + chunk.num_tokens] = part
             self.cache.written(chunk.cache, chunk.position, chunk.num_tokens)
             task.progress[piece.row] += chunk.num_tokens
+            if piece.kind is Kind.DECODE:
+                self._tally.decode_tokens += 1
+            else:
+                self._tally.prefill_tokens += chunk.num_tokens
             if id(task) not in timed:
                 timed.add(id(task))
                 task.queue_time = task.queue_time or started - task.created

@@ -43,6 +43,7 @@ from .pass_stream import STREAM_PATIENCE, serve_pass
 from .quotas import Hold, PeerQuotas
 from .session_stream import SessionStream, error_reply
 from .sessions import Session, SessionTable
+from .tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,9 @@ class Handler:
         step_timeout: float,
         pass_timeout: float,
         max_pass_tokens: int,
+        tally: Tally | None = None,
     ):
-        """It serves nobody before `open`."""
+        """It serves nobody before `open`. tally: counts what is done, among what was done before."""
         self._hosted: Hosted | None = None
         self._fingerprint = fingerprint
         self._info = info
@@ -87,6 +89,7 @@ class Handler:
         self.pass_timeout = pass_timeout
         self.max_pass_tokens = max_pass_tokens
         self.quotas = quotas
+        self.tally = Tally() if tally is None else tally
         self._openings = Openings()
         self.p2p: P2P
         self.by_session: dict[str, SessionStream] = {}
@@ -182,7 +185,7 @@ class Handler:
             raise BadSpan(f"this server holds blocks {blocks}, not all of the requested {request.span}")
 
     async def _serve_pass(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stream, peer_id = FrameStream(reader, writer), str(info.peer_id)
+        stream, peer_id = FrameStream(reader, writer, self.tally.traffic), str(info.peer_id)
         task = asyncio.current_task()
         assert task is not None
         self._passes.add(task)
@@ -203,7 +206,7 @@ class Handler:
             stream.close()
 
     async def _serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        frames, peer_id = FrameStream(reader, writer), str(info.peer_id)
+        frames, peer_id = FrameStream(reader, writer, self.tally.traffic), str(info.peer_id)
         try:
             hold = self.quotas.stream(peer_id)
         except QuotaExceeded as error:
@@ -219,7 +222,7 @@ class Handler:
 
     async def _serve_pushes(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Steps that a server pushes. Complaints about it go back to it, others to the owner of the session."""
-        stream, peer_id = FrameStream(reader, writer), str(info.peer_id)
+        stream, peer_id = FrameStream(reader, writer, self.tally.traffic), str(info.peer_id)
         try:
             with self.quotas.stream(peer_id) as hold:
                 await self._take_pushes(stream, peer_id, hold)
@@ -287,6 +290,7 @@ class Handler:
     async def turn_away(self, stream: FrameStream, peer_id: str, error: SwarmError) -> None:
         """Say why, and close the stream once what was on its way has come: else that could take the answer along."""
         logger.info("refused a stream of %s: %.300r", peer_id, error)  # it may quote a stranger
+        self.tally.refused_with(error)
         with contextlib.suppress(PeerUnreachable, TimeoutError):
             async with asyncio.timeout(STREAM_PATIENCE):
                 await stream.send(error_reply(error))

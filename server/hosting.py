@@ -25,6 +25,7 @@ from .sessions import SessionTable
 from .setup import Setup
 from .span import Span
 from .speed_store import Speed
+from .tally import Tally
 from .throughput import known_or_measured_speed
 
 _STOP_TIMEOUT = 10.0  # seconds that the batch that runs may take to its end
@@ -43,7 +44,15 @@ class Loaded(NamedTuple):
 class Hosting:
     """Blocks that compute. `start` makes one, `close` ends it; whoever drops it then frees the memory."""
 
-    def __init__(self, setup: Setup, loaded: Loaded, *, on_change: Callable[[], None], on_death: Callable[[], object]):
+    def __init__(
+        self,
+        setup: Setup,
+        loaded: Loaded,
+        *,
+        tally: Tally,
+        on_change: Callable[[], None],
+        on_death: Callable[[], object],
+    ):
         """For `start` only."""
         config = setup.config
         span, cache, speed, costs = loaded
@@ -62,6 +71,7 @@ class Hosting:
             ),
             max_stall=config.max_stall,
             adapter_costs=costs,
+            tally=tally,
         )
         self.sessions = SessionTable(cache, on_change=on_change)
         self.adapters = AdapterRegistry(
@@ -83,16 +93,17 @@ class Hosting:
         setup: Setup,
         loaded: Loaded,
         *,
+        tally: Tally,
         report: Callable[[str], None],
         on_change: Callable[[], None],
         on_death: Callable[[], object],
     ) -> Hosting:
         """Start the engine and load the adapters.
 
-        report: told in a few words what happens. on_change: called when sessions or adapters come and go. on_death:
-        called in this loop if the engine dies. Raises UsageError or AdapterError.
+        tally: goes on counting. report: told in a few words what happens. on_change: called when sessions or adapters
+        come and go. on_death: called in this loop if the engine dies. Raises UsageError or AdapterError.
         """
-        hosting = cls(setup, loaded, on_change=on_change, on_death=on_death)
+        hosting = cls(setup, loaded, tally=tally, on_change=on_change, on_death=on_death)
         hosting.engine.start()
         try:
             if setup.sources:

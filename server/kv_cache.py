@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from .adapters.applied import Adapter
 
 
+def capacity_of(cache_tokens: int, page_size: int) -> int:
+    """Tokens of a cache that is given so many: whole pages, at least one."""
+    return max(1, cache_tokens // page_size) * page_size
+
+
 class RowCache:
     """One row's share of the cache: `length` tokens in `pages`, at most `max_length`. Owned by `KVCache`.
 
@@ -87,13 +92,15 @@ class KVCache:
     ):
         """overcommit: how many times its own size all sessions together may reserve, at least 1."""
         self.page_size = page_size
-        self.num_pages = max(1, cache_tokens // page_size)
+        self.num_pages = capacity_of(cache_tokens, page_size) // page_size
         #: A page that belongs to nobody: padding of a batch may write there.
         self.scratch_page = self.num_pages
         self.overcommit = overcommit
         self.num_evictions = 0
         #: called, on any thread, when pages became free
         self.on_release: Callable[[], None] = lambda: None
+        #: called, on the thread that evicts, for every session that is evicted
+        self.on_evict: Callable[[], None] = lambda: None
         self._sessions: dict[SessionCache, None] = {}  # those not released, oldest first
         self._device, self._dtype = device, dtype
         self._keys: list[torch.Tensor | None] = [None] * num_layers
@@ -108,11 +115,6 @@ class KVCache:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a single-row session could reserve in an empty cache."""
-        return self.num_pages * self.page_size
 
     @property
     def tokens_left(self) -> int:
@@ -181,6 +183,7 @@ class KVCache:
             if session in self._sessions:
                 session.evicted = True
                 self.num_evictions += 1
+                self.on_evict()
                 for row in session.rows:
                     self._release(row)
 
@@ -236,6 +239,11 @@ class KVCache:
         """Pages that no row has taken, reserved or not."""
         with self._lock:
             return sum(self._free)
+
+    @property
+    def tokens_used(self) -> int:
+        """Tokens that fit into the pages that rows have taken."""
+        return (self.num_pages - self.free_pages) * self.page_size
 
     def pages_missing(self, row: RowCache, length: int, *, spare: int = 0) -> int:
         """Pages that the row must take for `length` tokens, and `spare` more if its max_length allows them.

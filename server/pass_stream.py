@@ -37,6 +37,7 @@ async def serve_pass(handler: Handler, stream: FrameStream, peer_id: str) -> Non
         del tensors
         output = await _run(handler, task, stream)
         del task
+        handler.tally.answered_pass(sum(request.lengths), backward=request.gradient is not None)
         await _answer(stream, request, output)
 
 

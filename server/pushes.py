@@ -10,7 +10,7 @@ from hivemind.p2p import P2P
 
 from swarm.errors import PeerUnreachable, SwarmError
 from swarm.protocol import PUSH_STREAM, ErrorReply, NextServer, OpenPush, StepRequest
-from swarm.rpc import FrameStream, open_stream
+from swarm.rpc import FrameStream, Traffic, open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +24,16 @@ class PushLink:
     """Carries one session's steps to the session that the same client has at the next server.
 
     on_failure(step, reason): called when a step may not have arrived, with the number of the last one that was sent.
+    traffic: counts what it carries, among others.
     """
 
-    def __init__(self, p2p: P2P, target: NextServer, on_failure: Callable[[int, str], None]):
+    def __init__(
+        self, p2p: P2P, target: NextServer, on_failure: Callable[[int, str], None], traffic: Traffic | None = None
+    ):
         self.target = target
         self._p2p = p2p
         self._on_failure = on_failure
+        self._traffic = traffic
         self._last_step: int | None = None
         self._broken: str | None = None
         self._closed = False
@@ -81,7 +85,7 @@ class PushLink:
     async def _open_and_listen(self) -> None:
         """Open the stream; then wait for its end, since the other side speaks only to complain."""
         try:
-            stream = await open_stream(self._p2p, self.target.peer_id, CONNECT_TIMEOUT, PUSH_STREAM)
+            stream = await open_stream(self._p2p, self.target.peer_id, CONNECT_TIMEOUT, PUSH_STREAM, self._traffic)
         except SwarmError as error:
             self._fail(error)
             return

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import swarm
 from swarm.architectures import architecture_of, span_tensors
@@ -32,6 +32,11 @@ from .mover import Mover
 from .quotas import PeerQuotas
 from .setup import Setup, open_model, set_up
 from .speed_store import Speed
+from .tally import Tally
+
+if TYPE_CHECKING:
+    from .metrics import ServerFigures
+    from .metrics_endpoint import MetricsEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +75,22 @@ class Server:
         self._moving_failed = asyncio.Event()
         self._known_speed: Speed | None = None  # of the blocks that are loaded now
         self._started_at = int(time.time())
+        self._tally = Tally()
+        self._metrics: MetricsEndpoint | None = None
 
     async def start(self) -> str:
         """Join, load, announce. Returns the address under which others reach this server.
 
         Raises UsageError, NetworkError or NotSupported; nothing is left running then.
         """
+        self._open_metrics()
+        try:
+            return await self._start()
+        except BaseException:
+            await self._close_metrics()
+            raise
+
+    async def _start(self) -> str:
         config = self.config
         device = device_of(config.device)
         sources = [Source.parse(text) for text in config.adapters]
@@ -126,6 +141,7 @@ class Server:
             step_timeout=config.step_timeout,
             pass_timeout=config.pass_timeout,
             max_pass_tokens=config.max_pass_tokens,
+            tally=self._tally,
         )
         await self._choose_span()
         await self._announcer.start()  # before loading, which may take longer than an announcement lives
@@ -216,6 +232,7 @@ class Server:
         self._hosting = await Hosting.start(
             self._setup,
             loaded,
+            tally=self._tally,
             report=self._report,
             on_change=self._announcer.touch,
             on_death=self._engine_died.set,
@@ -346,7 +363,7 @@ class Server:
 
     def _info(self) -> ServerInfo:
         """What this server announces, as it is now."""
-        hosting, announcer, sizes = self._hosting, self._announcer, self._setup.sizes
+        hosting, announcer, capacity = self._hosting, self._announcer, self._setup.cache_capacity
         speed = self._known_speed if hosting is None else hosting.speed
         load = Load(0, 0) if hosting is None else hosting.engine.load
         return ServerInfo(
@@ -361,8 +378,8 @@ class Server:
             busy_rows=None if hosting is None else hosting.busy_rows,
             session_rows=0 if hosting is None else hosting.session_rows,
             numerics=self._setup.numerics,
-            cache_tokens=sizes.cache_tokens if hosting is None else hosting.cache.capacity,
-            cache_tokens_left=sizes.cache_tokens if hosting is None else hosting.cache_tokens_left,
+            cache_tokens=capacity,
+            cache_tokens_left=capacity if hosting is None else hosting.cache_tokens_left,
             public_name=self.config.public_name[:64],
             software=f"petswarm {swarm.__version__}",
             next_pings={} if announcer is None else announcer.next_pings,
@@ -374,6 +391,36 @@ class Server:
             started_at=self._started_at,
             announced_at=int(time.time()),
         )
+
+    # --- what its owner's Prometheus is told ---
+
+    @property
+    def metrics_url(self) -> str | None:
+        """Where, while it is told."""
+        return None if self._metrics is None else self._metrics.url
+
+    def _open_metrics(self) -> None:
+        """Raises PortInUse or UsageError."""
+        config = self.config
+        if config.metrics_port is None:
+            return
+        from .metrics_endpoint import MetricsEndpoint
+
+        self._metrics = MetricsEndpoint(config.metrics_host, config.metrics_port, self._tally, self._figures)
+        self._report(f"metrics at {self._metrics.url}")
+
+    async def _close_metrics(self) -> None:
+        endpoint, self._metrics = self._metrics, None
+        if endpoint is not None:
+            await endpoint.close()
+
+    def _figures(self) -> ServerFigures | None:
+        """None as long as it is not known what will be served."""
+        from .metrics import ServerFigures
+
+        if not hasattr(self, "span"):
+            return None
+        return ServerFigures.of(self.status(), self.model, self._info(), self._setup.device, self._hosting)
 
     # --- the end ---
 
@@ -409,6 +456,7 @@ class Server:
     async def _leave(self) -> None:
         self._stop.set()  # nobody resumes it from here on
         await self._stop_moving()
+        await self._close_metrics()
         self.state = ServerState.OFFLINE
         if self._announcer is not None and not self.node.died.is_set():
             await self._announcer.stop()

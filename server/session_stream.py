@@ -72,6 +72,7 @@ class SessionStream:
         self._sessions: SessionTable  # that it is in
         self._link: PushLink | None = None
         self._newest: StepTask | None = None
+        self._answered_any = False
         self._work: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Timeout | None = None
         self._held = contextlib.ExitStack()  # a place among the sessions of this peer, and the adapters of the rows
@@ -251,7 +252,11 @@ class SessionStream:
             if self._link.target == target and not self._link.broken:
                 return
             self._link.close()
-        self._link = None if target is None else PushLink(self._handler.p2p, target, self._push_failed)
+        self._link = (
+            None
+            if target is None
+            else PushLink(self._handler.p2p, target, self._push_failed, self._handler.tally.traffic)
+        )
 
     def accept(self, request: StepRequest, payload: bytes, hold: Hold, *, pushed: bool) -> None:
         """Run a step; its answer goes to the owner. One that is older than the newest is a late duplicate, and dropped.
@@ -318,7 +323,7 @@ class SessionStream:
                 output = await asyncio.wrap_future(future)
             if request.push:  # the next server may wait with reading until its quota has room: not for this one's
                 hold.release()
-            await self._deliver(request, output, received_at, codec_time, pushed)
+            await self._deliver(request, task, output, received_at, codec_time, pushed)
         except TimeoutError:
             text = f"the step did not finish within {self._handler.step_timeout:g} s"
             await self._refuse(EngineError(text), request.step)
@@ -332,7 +337,13 @@ class SessionStream:
                 self._touch(self._handler.idle_limit)
 
     async def _deliver(
-        self, request: StepRequest, output: StepOutput, received_at: int, codec_time: int, pushed: bool
+        self,
+        request: StepRequest,
+        task: StepTask,
+        output: StepOutput,
+        received_at: int,
+        codec_time: int,
+        pushed: bool,
     ) -> None:
         """Push to the next server first, for the sake of whoever waits for the token; then the owner gets the same."""
         started = clock()
@@ -350,9 +361,11 @@ class SessionStream:
             sent_at=sent_at,
             moving=self._handler.draining,
         )
+        self._count(task, output, (sent_at - received_at) / 1e6)
         if not request.push:
             await self._send(result, payload)
             return
+        self._handler.tally.pushes += 1
         if self._link is None:
             await self._send(result, payload)
             self._push_failed(request.step, "the session's owner named no server after this one")
@@ -366,7 +379,13 @@ class SessionStream:
         else:  # a slow link to one of them must not hold up the other
             await asyncio.gather(self._link.send(push, payload), self._send(result, payload))
 
+    def _count(self, task: StepTask, output: StepOutput, seconds: float) -> None:
+        first, self._answered_any = not self._answered_any, True
+        decode = len(task.hidden) == len(task.rows)
+        self._handler.tally.answered_step(seconds, output.queue_time, output.compute_time, first=first, decode=decode)
+
     def _push_failed(self, step: int, reason: str) -> None:
+        self._handler.tally.failed_pushes += 1
         logger.info("could not push step %d of %s: %.300r", step, self._peer_id, reason)
         work = asyncio.create_task(self._tell(PushFailed(step=step, reason=reason[:2000])))
         self._work.add(work)
@@ -381,6 +400,7 @@ class SessionStream:
 
     async def _refuse(self, error: SwarmError, step: int | None = None) -> None:
         logger.info("refused a request of %s: %.300r", self._peer_id, error)  # it may quote a stranger
+        self._handler.tally.refused_with(error)
         await self._tell(error_reply(error, step))
 
     async def refuse_pushed(self, error: SwarmError, step: int) -> None:

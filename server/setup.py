@@ -14,6 +14,7 @@ from swarm.errors import UsageError
 
 from .adapters.sources import Source
 from .config import Quantization, ServerConfig
+from .kv_cache import capacity_of
 from .memory import usable_memory
 from .numerics import numerics_tag
 from .precision import choose_dtype, choose_quantization, has_native_bfloat16
@@ -37,6 +38,11 @@ class Setup:
     numerics: str
     sizes: Plan
     sources: Sequence[Source]
+
+    @property
+    def cache_capacity(self) -> int:
+        """Tokens of the cache: whole pages of those that the plan allows."""
+        return capacity_of(self.sizes.cache_tokens, self.config.page_size)
 
     def known_speed(self, blocks: BlockSpan) -> Speed | None:
         """How fast so many blocks ran here before."""

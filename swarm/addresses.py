@@ -26,6 +26,14 @@ _RESERVED = tuple(
 )
 
 _P2P = b"\xa5\x03"  # the code of /p2p in a binary multiaddress
+#: Multiaddresses, ip addresses with or without port, and names that were looked up, in what libp2p says.
+_IN_TEXT = re.compile(
+    r"/(?:ip4|ip6|ip6zone|dns|dns4|dns6|dnsaddr)/[^\s\]\[(){},;\"']+"
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"
+    r"|\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(?:%\w+)?\](?::\d+)?"
+    r"|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])"
+    r"|(?<=\blookup )[^\s:]+"
+)
 _DNS_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
@@ -108,6 +116,11 @@ def binary_maddr(text: str) -> Multiaddr:
     return Multiaddr(data)
 
 
+def hide_addresses(text: str) -> str:
+    """The same words without the network addresses in them: for those who shall not learn where peers live."""
+    return _IN_TEXT.sub("(address hidden)", text)
+
+
 def is_second_choice(address: str) -> tuple[bool, bool, bool]:
     """For sorting: the address to hand to others comes first."""
     ip = ipaddress.ip_address(ip_of(address) or "0.0.0.0")
@@ -159,14 +172,15 @@ def _problem_with(protocol: str, value: str) -> str | None:
         if not (value.isascii() and value.isdigit() and int(value) <= 65_535):
             return f"a bad port after /{protocol}: {value!r} is not a number from 0 to 65535"
     elif protocol == "p2p":
-        if not _is_peer_id(value):
+        if not is_peer_id(value):
             return f"a bad peer id after /p2p: {value!r} should look like Qm... or 12D3KooW... and be complete"
     elif len(value) > 253 or not all(_DNS_LABEL.fullmatch(label) for label in value.removesuffix(".").split(".")):
         return f"a bad host name after /{protocol}: {value!r}"
     return None
 
 
-def _is_peer_id(text: str) -> bool:
+def is_peer_id(text: str) -> bool:
+    """Whether this may be the id of a peer, such as Qm... or 12D3KooW..."""
     try:
         raw = base58.b58decode(text)
     except ValueError:

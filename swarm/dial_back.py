@@ -21,11 +21,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import tempfile
 import time
 from collections import deque
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
 from typing import Annotated
 
 from hivemind.p2p import P2P, P2PContext, P2PDaemonError, PeerID, ServicerBase
@@ -36,7 +34,7 @@ from pydantic import Field
 from .addresses import binary_maddr, check_announce_address, ip_of, relay_of
 from .data_structures import Frozen
 from .errors import BadAddress, NetworkError
-from .p2p_daemon import P2PDaemon, join_daemon, socket_root
+from .fresh_peer import fresh_peer
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +45,8 @@ MAX_QUESTION_BYTES = 2048
 PEER_PAUSE = 20.0
 IP_BURST, IP_PERIOD = 8, 60.0
 DIAL_TIMEOUT = 6.0
-#: Seconds to resolve a name; for p2pd to start.
-_RESOLVE_TIMEOUT, _START_TIMEOUT = 2.0, 10.0
+#: Seconds to resolve a name.
+_RESOLVE_TIMEOUT = 2.0
 _MAX_REMEMBERED = 4096
 
 
@@ -139,17 +137,22 @@ class DialBack:
 
 async def _targets(addresses: list[str], ip: IPv4Address | IPv6Address) -> list[Multiaddr]:
     """Those of a stranger's addresses that lead to this ip address, with the ip in the place of a name."""
-    targets = []
-    for address in addresses:
-        try:
-            check_announce_address(address)
-        except BadAddress:
-            continue
-        _, protocol, host, *rest = address.rstrip("/").split("/")
-        ips = {ip_of(address)} if protocol in ("ip4", "ip6") else await _resolve(host)
-        if str(ip) in ips and rest and rest[0] in ("tcp", "udp"):
-            targets.append(binary_maddr(f"/ip{ip.version}/{ip}/{'/'.join(rest)}"))
-    return targets
+    return [
+        binary_maddr(target) for address in addresses for target in await resolved(address) if ip_of(target) == str(ip)
+    ]
+
+
+async def resolved(address: str) -> list[str]:
+    """A stranger's address with ip addresses in the place of a name; none if it is no direct address of a peer."""
+    try:
+        check_announce_address(address)
+    except BadAddress:
+        return []
+    _, protocol, host, *rest = address.rstrip("/").split("/")
+    if not rest or rest[0] not in ("tcp", "udp"):
+        return []
+    ips = {ip_of(address)} if protocol in ("ip4", "ip6") else await _resolve(host)
+    return [f"/ip{ip_address(ip).version}/{ip}/{'/'.join(rest)}" for ip in sorted(filter(None, ips))]
 
 
 async def _resolve(host: str) -> set[str]:
@@ -163,20 +166,11 @@ async def _resolve(host: str) -> set[str]:
 
 async def _dial(peer: PeerID, targets: list[Multiaddr]) -> bool:
     """Whether a new node meets this peer at one of these addresses. Raises NetworkError if there is no such node."""
-    with tempfile.TemporaryDirectory(prefix="petswarm-", dir=socket_root(), ignore_cleanup_errors=True) as folder:
-        control = Path(folder) / "p2pd.sock"
-        arguments = [f"-listen=/unix{control}", "-noListenAddrs=1", f"-idleTimeout={_START_TIMEOUT:g}s"]
-        daemon = await P2PDaemon.start(arguments, _START_TIMEOUT)
+    async with fresh_peer() as p2p:
         try:
-            p2p = await join_daemon(P2P, Path(folder), control)
-            try:
-                async with asyncio.timeout(DIAL_TIMEOUT):
-                    await p2p._client.connect(peer, targets)
-                return True
-            except (P2PDaemonError, EOFError, OSError) as error:  # time-outs included
-                logger.info("could not call %s back: %r", peer, error)
-                return False
-            finally:
-                await p2p.shutdown()
-        finally:
-            await daemon.stop()
+            async with asyncio.timeout(DIAL_TIMEOUT):
+                await p2p._client.connect(peer, targets)
+            return True
+        except (P2PDaemonError, EOFError, OSError) as error:  # time-outs included
+            logger.info("could not call %s back: %r", peer, error)
+            return False

@@ -175,6 +175,10 @@ _WIRE_ERRORS: dict[str, type[SwarmError]] = {
 }
 
 
+#: Names of what a server may say about a request.
+WIRE_ERRORS = tuple(_WIRE_ERRORS)
+
+
 def to_wire(error: SwarmError) -> tuple[str, str]:
     """The (name, message) under which an error travels to the peer that caused it."""
     name = type(error).__name__

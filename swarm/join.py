@@ -146,7 +146,7 @@ class InitialPeers:
                     pass
                 await asyncio.sleep(_PING_AGAIN)
         except P2PDaemonError as error:
-            self._reasons[peer_id] = _dial_reason(str(error))
+            self._reasons[peer_id] = dial_reason(str(error))
         except _NotMet as error:
             self._reasons[peer_id] = error.step, str(error)
         except (OSError, EOFError) as error:
@@ -203,7 +203,7 @@ class InitialPeers:
         return (Step.RELAY, f"the relay on the way: {step}, {reason}") if relay_of(address) else (step, reason)
 
 
-def _dial_reason(message: str) -> tuple[Step, str]:
+def dial_reason(message: str) -> tuple[Step, str]:
     """Where libp2p failed to connect, and the part of its words that helps a person."""
     other = re.search(r"remote key matches (\w+)", message)
     if other:
@@ -216,6 +216,7 @@ def _dial_reason(message: str) -> tuple[Step, str]:
         ("no route to host", Step.DIAL, "no route to host"),
         ("network is unreachable", Step.DIAL, "its network is unreachable"),
         ("failed to negotiate", Step.HANDSHAKE, "what answers there is not a peer"),
+        ("dial backoff", Step.DIAL, "no answer a moment ago"),
         ("deadline exceeded", Step.DIAL, "no answer"),
         ("i/o timeout", Step.DIAL, "no answer"),
     ):

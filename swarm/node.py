@@ -90,6 +90,8 @@ class Node:
         self.complaints = Complaints()
         #: Unix time in seconds at which the newest record of this node expires, see `dht`
         self.last_expiration = 0.0
+        #: of the private swarm; None: the swarm is open to all
+        self.swarm_key: SwarmKey | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="petswarm-", dir=socket_root(), ignore_cleanup_errors=True)
         self._identity: Identity | None = None
         self._daemon: P2PDaemon | None = None
@@ -117,7 +119,7 @@ class Node:
         return node
 
     async def _start(self) -> None:
-        key = None if self.config.swarm_key is None else SwarmKey.load(self.config.swarm_key)
+        self.swarm_key = None if self.config.swarm_key is None else SwarmKey.load(self.config.swarm_key)
         folder = Path(self._folder.name)
         identity = Identity.load_or_create(self.config.identity_path or folder / "identity")
         identity.lock()
@@ -129,7 +131,7 @@ class Node:
         if self.config.identity_path is None:
             identity.path.unlink()  # p2pd has read it; a killed process shall leave no key behind
 
-        self.p2p = self._p2p = await self._connect_to_daemon(folder, control, key)
+        self.p2p = self._p2p = await self._connect_to_daemon(folder, control, self.swarm_key)
         await self._offer_help()
         others = [address for address in self.config.initial_peers if not self._is_me(address)]
         reachability = self._reachability = Reachability(
@@ -242,6 +244,10 @@ class Node:
     def knows_others(self) -> bool:
         """Whether any other peer is in this node's routing table. One that fails to answer once is taken out of it."""
         return bool(self._routing_table())
+
+    def knows(self, peer_id: str) -> bool:
+        """Whether this very peer is in it."""
+        return any(str(peer) == peer_id for peer in self._routing_table())
 
     def _routing_table(self) -> Sequence[object]:
         """The ids of the peers in it: peers that listen and store records for others."""

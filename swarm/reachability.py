@@ -105,7 +105,7 @@ class Reachability:
     async def _ask_peers(self) -> bool | None:
         """Whether we can be reached; None: nobody knows."""
         own = [address for address in await self._own_addresses() if relay_of(address) is None]
-        if not self._announced and all(_distance(ip_of(address)) == 0 for address in own):
+        if not self._announced and all(distance(ip_of(address)) == 0 for address in own):
             return True  # who listens on loopback alone wants to be reached from there alone
         question = ",".join(str(without_peer_id(address)) for address in own[:MAX_ADDRESSES])
         asked = [self._ask(candidate, question) for candidate in self._candidates()[:_NUM_ASKED]]
@@ -137,13 +137,13 @@ def judge(answers: Sequence[DialBackAnswer], announced: bool) -> bool | None:
     most must have got through. In doubt a node takes relays, for who can reach it directly still does.
     """
     tried = [answer for answer in answers if answer.reached is not None and not (announced and answer.elsewhere)]
-    farthest = max((_distance(answer.seen_at) for answer in tried), default=0)
-    counting = [answer for answer in tried if _distance(answer.seen_at) == farthest]
+    farthest = max((distance(answer.seen_at) for answer in tried), default=0)
+    counting = [answer for answer in tried if distance(answer.seen_at) == farthest]
     return 2 * sum(answer.reached is True for answer in counting) > len(counting) if counting else None
 
 
-def _distance(ip: IPv4Address | IPv6Address | str | None) -> int:
-    """0: on this machine. 1: in the same private network. 2: anywhere, also under a name."""
+def distance(ip: IPv4Address | IPv6Address | str | None) -> int:
+    """How far an address is. 0: on this machine. 1: in the same private network. 2: anywhere, also under a name."""
     if ip is None:
         return 2
     address = ip_address(str(ip))

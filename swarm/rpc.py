@@ -55,12 +55,22 @@ def clock() -> int:
     return time.monotonic_ns() // 1000
 
 
+class Traffic:
+    """Bytes of frames that streams carried, headers included."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.sent = 0
+
+
 class FrameStream:
     """Messages over one binary stream. Concurrent senders do not mix their frames; there must be one receiver."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, traffic: Traffic | None = None):
+        """traffic: counts what this stream carries, among others."""
         self._reader = reader
         self._writer = writer
+        self._traffic = Traffic() if traffic is None else traffic
 
     async def send(self, message: Message, payload: bytes | bytearray | memoryview = b"") -> None:
         """Write one frame. Raises MessageTooLarge before anything is sent, PeerUnreachable if the stream is broken."""
@@ -74,6 +84,7 @@ class FrameStream:
             else:
                 self._writer.write(_LENGTHS.pack(len(header), size) + header)
                 self._writer.write(payload)
+            self._traffic.sent += _LENGTHS.size + len(header) + size
             await self._writer.drain()
         except (ConnectionError, RuntimeError, OSError) as error:
             raise PeerUnreachable(f"the connection broke: {error}") from error
@@ -97,12 +108,18 @@ class FrameStream:
                     f"a message of {header_size} + {payload_size} bytes is over the limit of "
                     f"{MAX_HEADER_BYTES} + {MAX_PAYLOAD_BYTES}"
                 )
-            return unpack(await self._reader.readexactly(header_size)), payload_size
+            header = await self._reader.readexactly(header_size)
+            self._traffic.received += _LENGTHS.size + header_size
+            return unpack(header), payload_size
 
     async def receive_payload(self, size: int) -> bytes:
         """Read the tensor of the message that came last. Raises PeerUnreachable at the stream's end."""
+        if not size:
+            return b""
         with _end_of_stream():
-            return await self._reader.readexactly(size) if size else b""
+            payload = await self._reader.readexactly(size)
+            self._traffic.received += size
+            return payload
 
     async def linger(self, seconds: float) -> None:
         """Read and drop what still comes until the other side ends the stream, for so long at most. A stream that is
@@ -154,8 +171,12 @@ def _translated(peer_id: str, action: str, timeout: float) -> Iterator[None]:
         raise PeerUnreachable(f"server {peer_id} cannot be reached: {error}") from error
 
 
-async def open_stream(p2p: P2P, peer_id: str, timeout: float, kind: str = INFERENCE_STREAM) -> FrameStream:
+async def open_stream(
+    p2p: P2P, peer_id: str, timeout: float, kind: str = INFERENCE_STREAM, traffic: Traffic | None = None
+) -> FrameStream:
     """Open a stream to a server. An open stream does not prove that the server lives: only a reply does.
+
+    traffic: counts what it carries, among others.
 
     Raises PeerUnreachable or PeerTimeout.
     """
@@ -166,7 +187,7 @@ async def open_stream(p2p: P2P, peer_id: str, timeout: float, kind: str = INFERE
     with _translated(peer_id, "accept a connection", timeout):
         async with asyncio.timeout(timeout):
             _, reader, writer = await p2p.call_binary_stream_handler(peer, kind)
-    return FrameStream(reader, writer)
+    return FrameStream(reader, writer, traffic)
 
 
 async def server_info(p2p: P2P, peer_id: str, timeout: float) -> ServerInfo:

@@ -56,6 +56,8 @@ def test_the_wheel_holds_the_rooms_under_swarm_and_nowhere_else(wheel: Path) -> 
     assert {f"swarm/{module}" for module in modules} <= set(names)
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "swarm").glob("*.py")} <= set(names)
     assert "swarm/py.typed" in names
+    page = {file.name for file in (ROOT / "monitor" / "page").iterdir()}
+    assert {f"swarm/monitor/page/{file}" for file in page} <= set(names) and "index.html" in page
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"swarm"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -67,6 +67,7 @@ def test_a_block_is_uncovered_exactly_if_nobody_holds_it_or_loads_it(swarm):
     counted = [one for one in records if one.info.state in (ServerState.ONLINE, ServerState.JOINING)]
     held = {block for one in counted for block in one.info.span.blocks()}
     assert {block for block, rate in enumerate(block_throughputs(num_blocks, records)) if rate > 0} == held
+    assert uncovered_blocks(num_blocks, records) == [block for block in range(num_blocks) if block not in held]
 
 
 def test_servers_that_join_one_after_the_other_cover_the_model():
@@ -207,8 +208,9 @@ def test_blocks_that_only_leaving_servers_hold_are_uncovered():
         record("B", 1, 4, state=ServerState.DRAINING),
         record("C", 3, 4, state=ServerState.JOINING),
         record("D", 4, 9),  # of another model, by its length
+        record("E", 4, 5),
     ]
-    assert uncovered_blocks(6, records) == [2]
+    assert uncovered_blocks(6, records) == [2, 5]
 
 
 def test_who_loads_and_does_not_know_his_speed_counts_like_the_others():

@@ -171,6 +171,16 @@ def test_a_port_in_use(refused: Callable[..., tuple[int, str]], tiny_chat_folder
     assert line == f"cannot listen on /ip4/0.0.0.0/tcp/{busy_port}: another program listens there already"
 
 
+def test_a_port_for_metrics_in_use(refused: Callable[..., tuple[int, str]], busy_port: int) -> None:
+    """Known before anything is opened: there is no such model."""
+    code, line = refused("run-server", "/no/such/folder", "--new-swarm", "--metrics-port", busy_port)
+    assert code == 1
+    assert line == (
+        f"cannot serve metrics on port {busy_port} of 127.0.0.1: another program listens there already; choose another "
+        "--metrics-port, or 0 for any free one"
+    )
+
+
 def test_the_real_command_shows_no_traceback(tiny_chat_folder: Path) -> None:
     command = [SWARM, "run-server", tiny_chat_folder, "--new-swarm", "--host-maddrs", LOOPBACK, "--blocks", "4:12"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -18,6 +18,7 @@ from swarm.scripts import main as front_door
 from swarm.scripts.bench_agreement import Outcome
 from swarm.scripts.bench_agreement import add_results as add_agreement
 from swarm.scripts.bench_decode import even_spans, summarize
+from swarm.scripts.bench_departures import add_results as add_departures
 from swarm.scripts.bench_generation import Generation, check_tokens
 from swarm.scripts.bench_links import LINKS, LinkRun, add_results
 from swarm.scripts.bench_prefill import WARM_UP_GAPS, split_gaps
@@ -28,6 +29,7 @@ from swarm.scripts.bench_report import Report
 from swarm.scripts.bench_routes import AGAIN
 from swarm.scripts.bench_training import BothPasses, check_difference, figures, relative_difference
 from swarm.scripts.bench_wire import cuts as where_cut
+from swarm.scripts.departures_scene import Departed
 from swarm.scripts.made_adapters import KINDS
 from swarm.scripts.pets_rig import Timing, made_queries
 
@@ -282,6 +284,55 @@ def test_routes(tiny_llama_folder: Path, tmp_path: Path) -> None:
     assert predicted[0] <= 1.1 * min(predicted)
     for name, milliseconds in zip(chains, predicted, strict=True):
         assert 0.5 <= milliseconds / results[name]["median"] <= 1.5
+
+
+@pytest.mark.slow
+def test_departures(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """That times are as predicted is for the benchmark to say, on an idle machine; blocks always are."""
+    file = tmp_path / "departures.json"
+    arguments = ["--model", str(tiny_llama_folder), "--swarms", "1", "--servers", "4", "--users", "1"]
+    assert run("departures", *arguments, "--steps", "2", "--runs", "2", "--json", str(file)) == 0
+    found = json.loads(file.read_text())
+    results = {result["name"]: result for result in found["results"]}
+    assert found["ratios"]["blocks as predicted"] == 1
+    assert len(found["records"]) == 4
+    for record in found["records"]:
+        name = f"swarm 0, server {record['server']} ({record['blocks']})"
+        assert record["lost"] == record["predicted_lost"]
+        assert results[f"{name}: blocks lost"]["median"] == len(record["lost"])
+        assert len(results[f"{name}: measured, before"]["runs"]) == 4
+        assert len(record["measured"]) == (0 if record["predicted"] is None else 4)
+    # without a server, some blocks are lost in this swarm and not with all of them
+    assert {bool(record["lost"]) for record in found["records"]} == {True, False}
+
+
+def departed(**changes: Any) -> Departed:
+    usual = Departed(0, 1, "0:4", (), (), present=0.1, measured_before=[0.1], predicted=0.2, measured=[0.3, 0.19, 0.2])
+    return replace(usual, **changes)
+
+
+def test_figures_of_departures() -> None:
+    report = Report("departures", settings={})
+    later = departed(server=2, measured=[0.3])
+    hole = departed(server=3, predicted_lost=(2,), lost=(2,), predicted=None, measured=[])
+    wrong = departed(server=4, lost=(2,), predicted=None, measured=[])
+    add_departures(report, [departed(), later, hole, wrong])
+    assert report.ratios["swarm 0, server 1 (0:4): measured / predicted, after"] == pytest.approx(1.0)
+    assert report.ratios["blocks as predicted"] == 3 / 4
+    assert report.ratios["time after within 25% of the prediction"] == 1 / 2
+    assert report.ratios["time after: largest deviation"] == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_monitor(tmp_path: Path) -> None:
+    file = tmp_path / "monitor.json"
+    arguments = ["--servers", "50", "--servers", "100", "--blocks", "20", "--runs", "2", "--no-page"]
+    assert run("monitor", *arguments, "--json", str(file)) == 0
+    results, _ = read(file, "monitor", runs=2)
+    for size in (50, 100):
+        assert results[f"{size} servers: state, once more"]["median"] < results[f"{size} servers: state"]["median"]
+    for name in ("state, compressed", "state, in full"):
+        assert results[f"100 servers: {name}"]["median"] > results[f"50 servers: {name}"]["median"]
 
 
 def test_figures_of_push() -> None:

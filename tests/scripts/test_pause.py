@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 import owned_server
 import pytest
+from rich.console import Console
 
 from swarm.errors import PeerTimeout, UsageError
 from swarm.scripts import owner_desk, owner_folder
@@ -25,6 +27,7 @@ from swarm.scripts.owner_calls import call, choose_servers
 from swarm.scripts.owner_desk import OwnerDesk, open_to_owner
 from swarm.scripts.owner_folder import list_sockets, make_folder
 from swarm.scripts.owner_messages import MAX_LINE, Action, ServerStatus
+from swarm.scripts.servers import print_table
 
 PATIENCE = 60.0  # seconds for what takes a few milliseconds on an idle machine
 
@@ -84,6 +87,7 @@ def test_a_server_is_listed_paused_and_resumed(run_swarm: Callable[..., Any], st
         "model": "tiny",
         "span": "0:4",
         "state": "online",
+        "metrics_url": "",
     }
     (row,) = [line.split() for line in run_swarm("servers").out.splitlines() if str(process.pid) in line]
     assert row == [str(process.pid), "home", "QmPeerOfhome", "tiny", "0:4", "online"]
@@ -93,6 +97,28 @@ def test_a_server_is_listed_paused_and_resumed(run_swarm: Callable[..., Any], st
         assert (done.code, done.err) == (0, "")
         assert done.out == f"server {process.pid} (home, ...erOfhome): {state}, blocks 0:4 of tiny\n"
         assert states(run_swarm) == {"home": state}
+
+
+def test_where_servers_show_their_metrics_is_listed_where_any_does() -> None:
+    plain = ServerStatus(pid=12, public_name="home", state="online")
+    shown = ServerStatus(pid=34, state="online", metrics_url="http://127.0.0.1:9100/metrics")
+
+    def rows(*servers: ServerStatus) -> list[list[str]]:
+        console = Console(file=io.StringIO(), width=160, force_terminal=False)
+        print_table(servers, console)
+        assert isinstance(console.file, io.StringIO)
+        lines = [line.split() for line in console.file.getvalue().splitlines()]
+        return [line for line in lines if len(line) > 1]
+
+    assert rows(plain) == [
+        ["process", "name", "peer", "model", "blocks", "state"],
+        ["12", "home", "-", "-", "-", "online"],
+    ]
+    assert rows(plain, shown) == [
+        ["process", "name", "peer", "model", "blocks", "state", "metrics"],
+        ["12", "home", "-", "-", "-", "online", "-"],
+        ["34", "-", "-", "-", "-", "online", "http://127.0.0.1:9100/metrics"],
+    ]
 
 
 def test_one_of_several_is_named_or_all_are_meant(run_swarm: Callable[..., Any], start: Start) -> None:

@@ -33,6 +33,7 @@ from swarm.server.loader import load_span
 from swarm.server.quotas import PeerQuotas, QuotaLimits
 from swarm.server.sessions import SessionTable
 from swarm.server.span import Span
+from swarm.server.tally import Tally
 from swarm.server.tasks import StepTask
 from swarm.tensors import decode, encode
 
@@ -246,7 +247,15 @@ class Client:
 class World:
     """A server on a part of the tiny Llama, an honest peer and a stranger: three peers of one swarm."""
 
-    def __init__(self, server: Node, honest: Node, stranger: Node, engine: Engine, boundaries: list[torch.Tensor]):
+    def __init__(
+        self,
+        server: Node,
+        honest: Node,
+        stranger: Node,
+        engine: Engine,
+        boundaries: list[torch.Tensor],
+        tally: Tally,
+    ):
         self.server, self.honest, self.stranger = server, honest, stranger
         self.engine = engine
         self.cache = engine.cache
@@ -273,6 +282,7 @@ class World:
             step_timeout=120.0,
             pass_timeout=120.0,
             max_pass_tokens=512,
+            tally=tally,
         )
         self.handler.open(SimpleNamespace(engine=engine, sessions=self.sessions, adapters=self.registry))
         self._clients: list[Client] = []
@@ -327,7 +337,8 @@ async def start_world(
         async def start(blocks: BlockSpan = SPAN, beside: World | None = None) -> World:
             span = load_span(tiny_checkpoint, blocks, dtype=torch.float32, quantization="none", device=CPU)
             cache = KVCache(len(blocks), CACHE_TOKENS, 4, span.device, span.dtype)
-            engine = Engine(span, cache, max_batch_tokens=32)
+            tally = Tally()
+            engine = Engine(span, cache, max_batch_tokens=32, tally=tally)
             engine.start()
             stack.push_async_callback(asyncio.to_thread, engine.stop, LIMIT)
             server = await node(() if beside is None else (await beside.server.ready_address(),))
@@ -336,7 +347,7 @@ async def start_world(
                 clients = await asyncio.gather(node(peers, listen=False), node(peers, listen=False))
             else:
                 clients = [beside.honest, beside.stranger]
-            world = World(server, *clients, engine, boundaries)
+            world = World(server, *clients, engine, boundaries, tally)
             await world.handler.register(server.p2p)
             return world
 

@@ -261,5 +261,6 @@ def test_forty_sessions_on_cache_for_ten_generate_what_each_generates_alone(
     expected = tiny_model.generate(prompts, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
     assert found == expected.tolist()
     assert 0 < cache.num_evictions < 4 * 40
+    assert engine._tally.evictions == cache.num_evictions
     assert cache.free_pages == pages
     assert cache.sessions() == []

@@ -123,8 +123,9 @@ def test_on_any_device_the_stall_is_kept_unless_chunks_cannot_be_smaller(
     smallest = device.seconds(len(away), MIN_CHUNK * 9 // 8 + 1, 0)  # with the end of a prompt, see scheduler.py
     # A row that arrives in the middle of a smallest batch waits for that, and for one of its own.
     usual = device.seconds(1, 0, 0) + min(away)
-    # A quarter is for what is learnt only as it happens: the cost of a token, and how long rows are away.
-    assert run.stall <= 1.3 * max(max_stall, (max(away) + 2 * smallest) / usual)
+    # The rest is for what is learnt only as it happens: the cost of a token, and how long rows are away. Often 1.3
+    # would do; a search for the worst device found 1.93: one row is back at once, another away for two batches.
+    assert run.stall <= 2.2 * max(max_stall, (max(away) + 2 * smallest) / usual)
 
 
 def test_nobody_watches_so_the_whole_batch_is_the_prompts() -> None:

@@ -309,6 +309,29 @@ async def test_tensors_in_other_codecs(door: Door, span: Span, codec: Codec) -> 
     assert (output.float() - wanted).norm() <= 2e-2 * wanted.norm()
 
 
+async def test_passes_are_counted(door: Door) -> None:
+    for backward in (False, True, True):
+        connection = await door.connect()
+        hidden = random(7)
+        await connection.send(request(**(BACKWARD if backward else {})))
+        await connection.send_tensor(hidden)
+        if backward:
+            await connection.send_tensor(random(7))
+        answer, _ = await connection.receive()
+        assert isinstance(answer, PassResult), answer
+        await connection.receive_tensor(answer.hidden)
+    connection = await door.connect()
+    await connection.send(request(fingerprint="cd" * 32))
+    await connection.expect_error(PeerRefused, "this server serves weights")
+    tally = door.handler.tally
+    assert (tally.forward_passes, tally.backward_passes, tally.training_tokens) == (1, 2, 21)
+    assert tally.refused["PeerRefused"] == 1
+    values = 4 * HIDDEN_SIZE * 7
+    assert 5 * values < tally.traffic.received < 5 * values + 8 * 1000
+    assert 3 * values < tally.traffic.sent < 3 * values + 8 * 1000
+    assert door.engine._tally.training_time > 0
+
+
 async def test_a_part_of_the_span(door: Door, span: Span) -> None:
     connection, hidden = await door.connect(), random(7)
     await connection.send(request(span=BlockSpan(start=3, end=5)))

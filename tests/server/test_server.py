@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import socket
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator
 from functools import partial
@@ -12,14 +15,23 @@ from typing import Any
 
 import pytest
 import torch
+from scraped import metrics_at
 
+from swarm.codecs import Codec
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
+from swarm.dht import Directory
 from swarm.errors import EngineError, ModelNotFound, NetworkError, UsageError
+from swarm.node import Node, NodeConfig
 from swarm.progress import Progress, Stopped
+from swarm.protocol import OpenSession, RowSlice, SessionOpened, StepRequest
+from swarm.rpc import FrameStream, open_stream, server_info
 from swarm.server.config import ServerConfig
 from swarm.server.hosting import Loaded
 from swarm.server.server import Server
 from swarm.server.tasks import RowWork, StepTask
+from swarm.tensors import encode
+
+LIMIT = 60.0  # seconds for what takes milliseconds on an idle machine
 
 
 async def test_a_server_ends_with_its_engine(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +113,14 @@ async def test_a_server_can_be_stopped_while_it_waits_for_adapters(
 
 
 @pytest.fixture
+async def client() -> AsyncIterator[Node]:
+    """A peer that servers join, and that then uses them."""
+    node = await Node.start(NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",)))
+    yield node
+    await node.stop()
+
+
+@pytest.fixture
 async def server(tiny_llama_folder: Path) -> AsyncIterator[Server]:
     """Of four blocks that it chose itself, in a swarm of its own."""
     server = Server(
@@ -145,6 +165,147 @@ async def test_a_server_that_moves_serves_its_new_blocks(server: Server) -> None
     assert await announced(server) == [(ServerState.ONLINE, "3:7")]
     assert str(server._handler.engine.span.blocks) == "3:7"
     assert not server._handler.draining
+
+
+async def opened(server: Server, client: Node) -> FrameStream:
+    """A session of 10 tokens for all blocks of a server, which takes one of its pages."""
+    stream = await open_stream(client.p2p, server.node.peer_id, LIMIT)
+    fields: dict[str, Any] = {"num_rows": 1, "max_length": 10, "output_codec": Codec.FLOAT32}
+    session_id = secrets.token_hex(16)
+    await stream.send(
+        OpenSession(session_id=session_id, fingerprint=server.model.fingerprint, span=server.span, **fields)
+    )
+    async with asyncio.timeout(LIMIT):
+        answer, _ = await stream.receive()
+    assert isinstance(answer, SessionOpened), answer
+    return stream
+
+
+async def until_announced(server: Server, **wanted: Any) -> ServerInfo:
+    """The record of a server once it says so."""
+    async with asyncio.timeout(LIMIT):
+        while True:
+            for record in await server.records():
+                if all(getattr(record.info, name) == value for name, value in wanted.items()):
+                    return record.info
+            await asyncio.sleep(0.05)
+
+
+async def test_what_its_records_say(tiny_llama_folder: Path, client: Node) -> None:
+    """Of a cache of 150 tokens, two pages of 64 can be used."""
+    before = int(time.time())
+    server = Server(
+        ServerConfig(
+            model=str(tiny_llama_folder),
+            initial_peers=(await client.ready_address(),),
+            host_maddrs=("/ip4/127.0.0.1/tcp/0",),
+            num_blocks=4,
+            cache_tokens=150,
+            threads=1,
+            announce_period=1.0,
+        )
+    )
+    await server.start()
+    try:
+        idle = await until_announced(server, state=ServerState.ONLINE, cache_tokens=128, cache_tokens_left=128)
+        assert idle.started_at is not None and idle.announced_at is not None
+        assert before <= idle.started_at <= idle.announced_at <= time.time()
+        assert await Directory(client).models() == {server.model.fingerprint: server.model}
+        assert server.model.hidden_size == 64
+
+        stream = await opened(server, client)
+        busy = await until_announced(server, session_rows=1)
+        assert (busy.cache_tokens, busy.cache_tokens_left) == (128, 64)
+        stream.close()
+        later = await until_announced(server, session_rows=0)
+        assert (later.cache_tokens, later.cache_tokens_left) == (128, 128)
+
+        assert await server.move(BlockSpan(start=3, end=7))
+        moved = await until_announced(server, span=BlockSpan(start=3, end=7), state=ServerState.ONLINE)
+        assert (moved.cache_tokens, moved.cache_tokens_left) == (128, 128)
+        assert moved.started_at == idle.started_at and moved.announced_at >= later.announced_at  # type: ignore[operator]
+
+        await server.pause()  # nobody reads of it, but who knows it may ask
+        paused = await server_info(client.p2p, server.node.peer_id, LIMIT)
+        assert paused.state is ServerState.OFFLINE
+        assert (paused.cache_tokens, paused.cache_tokens_left, paused.session_rows) == (128, 128, 0)
+        assert paused.started_at == idle.started_at
+    finally:
+        server.stop()
+        await server.serve_until_stopped()
+
+
+async def test_metrics_go_on_over_moves_and_pauses(tiny_llama_folder: Path, client: Node) -> None:
+    said: list[str] = []
+    server = Server(
+        ServerConfig(
+            model=str(tiny_llama_folder),
+            initial_peers=(await client.ready_address(),),
+            host_maddrs=("/ip4/127.0.0.1/tcp/0",),
+            num_blocks=4,
+            cache_tokens=64,
+            threads=1,
+            metrics_port=0,
+        ),
+        report=said.append,
+    )
+    reached: list[dict[str, float]] = []
+
+    async def read() -> dict[str, float]:
+        assert server.metrics_url is not None
+        reached.append(await asyncio.to_thread(metrics_at, server.metrics_url))
+        return reached[-1]
+
+    load = server._load
+
+    def watched(span: BlockSpan, progress: Progress) -> Loaded:
+        assert server.metrics_url is not None
+        reached.append(metrics_at(server.metrics_url))
+        return load(span, progress)
+
+    server._load = watched  # type: ignore[method-assign]
+    await server.start()
+    try:
+        url = server.metrics_url
+        assert url is not None and said[0] == f"metrics at {url}"
+        assert (reached[0]["state joining"], reached[0]["first_block"], reached[0]["sessions"]) == (1, 0, 0)
+        stream = await opened(server, client)
+        found = await read()
+        assert (found["state online"], found["first_block"], found["last_block"]) == (1, 0, 3)
+        assert (found["sessions"], found["session_rows"], found["cache_left_tokens"]) == (1, 1, 0)
+        assert (found["cache_tokens"], found["throughput_tokens_per_second"] > 0) == (64, True)
+        meta, payload = encode(torch.zeros(3, 64), Codec.FLOAT32)
+        await stream.send(StepRequest(step=1, rows=(RowSlice(0, 0, 3),), hidden=meta), payload)
+        async with asyncio.timeout(LIMIT):
+            await stream.receive()
+        stream.close()
+        before = await read()
+        assert before["tokens_total prefill"] == 3
+        assert await server.move(BlockSpan(start=3, end=7))
+        await server.pause()
+        paused = await read()
+        assert (paused["state paused"], paused["state online"], paused["sessions"]) == (1, 0, 0)
+        assert "first_block" not in paused
+        await server.resume()
+        after = await read()
+        assert after["state online"] == 1
+        grown = [name for name in before if "_total" in name or "_count" in name]
+        assert all(after[name] >= paused[name] >= before[name] for name in grown)
+    finally:
+        server.stop()
+        await server.serve_until_stopped()
+    assert server.metrics_url is None
+    host, _, port = url.removeprefix("http://").removesuffix("/metrics").partition(":")
+    socket.create_server((host, int(port))).close()
+
+
+async def test_a_server_that_cannot_start_frees_its_port_for_metrics(tmp_path: Path) -> None:
+    said: list[str] = []
+    server = Server(ServerConfig(model=str(tmp_path / "nowhere"), metrics_port=0), report=said.append)
+    with pytest.raises(ModelNotFound):
+        await server.start()
+    port = int(said[0].removesuffix("/metrics").rpartition(":")[2])
+    socket.create_server(("127.0.0.1", port)).close()
 
 
 async def test_while_it_loads_a_server_announces_how_fast_it_will_be(

@@ -14,7 +14,7 @@ import pytest
 
 from swarm import join
 from swarm.errors import BadAddress, JoinFailed
-from swarm.join import MAX_CLOCK_SKEW, _dial_reason
+from swarm.join import MAX_CLOCK_SKEW, dial_reason
 from swarm.node import Node, NodeConfig
 from swarm.p2p_daemon import P2PDaemon
 
@@ -118,11 +118,12 @@ async def test_the_peer_that_came_nearest_decides_the_advice(first: Node) -> Non
         ("dial tcp 10.0.0.1:1: i/o timeout", "dial"),
         ("dial tcp 10.0.0.1:1: connect: no route to host", "dial"),
         ("failed to negotiate security protocol: context deadline exceeded", "handshake"),
+        ("all dials failed * [/ip4/10.0.0.1/tcp/1] dial backoff", "dial"),
         ("words that nobody foresaw", "dial"),
     ],
 )
 def test_where_libp2p_failed(words: str, step: str) -> None:
-    assert _dial_reason(words)[0] == step
+    assert dial_reason(words)[0] == step
 
 
 @pytest.mark.parametrize("listen", [True, False])

@@ -1,0 +1,102 @@
+"""Reports against counting by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from drawn_pictures import FINGERPRINT, draw_picture, make_picture, make_record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.data_structures import AdapterInfo, ServerState
+from swarm.monitor.picture import Picture
+from swarm.monitor.report import SwarmReport
+from swarm.monitor.summary import MOST_LINKS, problems, summarize
+
+
+@settings(max_examples=200)
+@given(st.randoms(use_true_random=False))
+def test_blocks_are_counted_right(rng: random.Random) -> None:
+    model = draw_picture(rng)
+    (report,) = summarize(Picture((model,))).models
+    serving = []
+    for server in report.servers:
+        record = model.snapshot.get(server.peer_id)
+        assert record is not None
+        round_trip = model.snapshot.pings.get(server.peer_id)
+        assert server.answers == (None if round_trip is None else round_trip < math.inf)
+        assert server.round_trip == (round_trip if server.answers else None)
+        assert server.serving == (server.answers is True and server.state is ServerState.ONLINE)
+        assert (server.departure is not None) == server.serving
+        serving += [server] if server.serving else []
+    replicas = tuple(
+        sum(server.span[0] <= block < server.span[1] for server in serving) for block in range(report.num_blocks)
+    )
+    assert report.replicas == replicas
+    assert report.missing_blocks == tuple(block for block, count in enumerate(replicas) if count == 0)
+    assert report.weakest_blocks == tuple(block for block, count in enumerate(replicas) if count == min(replicas))
+    assert report.complete == (min(replicas) > 0)
+    if not report.complete:
+        assert report.best_chain is None
+
+
+@settings(max_examples=100)
+@given(st.randoms(use_true_random=False))
+def test_json_says_the_same(rng: random.Random) -> None:
+    report = summarize(Picture((draw_picture(rng), draw_picture(rng)), revision=3, made_at=5.0, read_at=4.0))
+    assert SwarmReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_all_that_a_server_says() -> None:
+    record = make_record(
+        "Peer",
+        1,
+        3,
+        numerics="bfloat16/nf4/cuda/torch2",
+        decode_times=(0.1, 0.2),
+        adapters=(AdapterInfo("one", "lora", "0" * 16),),
+        next_pings={"Other": 0.5},
+        started_at=7,
+    )
+    ((server,),) = (model.servers for model in summarize(Picture((make_picture(4, [record], {"Peer": 0.25}),))).models)
+    assert (server.span, server.dtype, server.quantization, server.device) == ((1, 3), "bfloat16", "nf4", "cuda")
+    assert server.decode_times == {"1": 0.1, "4": 0.2}
+    assert [one.name for one in server.adapters] == ["one"]
+    assert server.links == {"Other": 0.5}
+    assert (server.round_trip, server.started_at, server.expires_at) == (0.25, 7, 100.0)
+
+
+def test_the_shortest_links_count() -> None:
+    pings = {f"P{number}": (17 * number % 64) / 100 for number in range(64)}
+    (model,) = summarize(Picture((make_picture(4, [make_record("Peer", 0, 2, next_pings=pings)]),))).models
+    assert sorted(model.servers[0].links.values()) == sorted(pings.values())[:MOST_LINKS]
+    assert model.servers[0].links.items() <= pings.items()
+
+
+@pytest.mark.parametrize("numerics", ["odd", "///", "a/b/c/d/e"])
+def test_a_stranger_may_call_his_numerics_anything(numerics: str) -> None:
+    record = make_record("Peer", 0, 4, numerics=numerics)
+    (model,) = summarize(Picture((make_picture(4, [record]),))).models
+    assert model.servers[0].numerics == numerics
+    assert model.servers[0].dtype == ("a" if numerics.startswith("a/b/") else None)
+
+
+def test_addresses_only_if_asked_for() -> None:
+    records = [make_record("known", 0, 4), make_record("unknown", 0, 4)]
+    picture = Picture((make_picture(4, records),), addresses={"known": ("/ip4/192.0.2.7/tcp/31330",)})
+    assert "192.0.2.7" not in summarize(picture).model_dump_json()
+    (model,) = summarize(picture, show_addresses=True).models
+    addresses = {server.peer_id: server.addresses for server in model.servers}
+    assert addresses == {"known": ("/ip4/192.0.2.7/tcp/31330",), "unknown": ()}
+
+
+def test_problems() -> None:
+    whole, half = make_picture(4, [make_record("whole", 0, 4)]), make_picture(4, [make_record("half", 2, 3)])
+    assert problems(Picture((whole,)), ["tiny", FINGERPRINT[:10]]) == []
+    assert summarize(Picture((whole,))).healthy
+    assert "blocks 0:2, 3:4 of 4" in problems(Picture((half,)))[0]
+    assert problems(Picture((whole,)), ["other"]) == ["no server of this swarm serves other"]
+    assert problems(Picture()) == ["no server of this swarm serves any model"]
+    assert not summarize(Picture((whole, half))).healthy
