@@ -12,6 +12,7 @@ from typing import Protocol
 
 from swarm.errors import ModelNotServed, SwarmError
 
+from .calibration import Calibration
 from .latencies import Latencies
 from .picture import ModelPicture, Picture
 from .report import ReachabilityReport, SwarmReport, TraceReport, TraceRequest
@@ -69,6 +70,7 @@ class Monitor:
         """check_reachable: tells whether a peer of this id can be reached; bounded in time; raises SwarmError."""
         self.config = config
         self.latencies = Latencies()
+        self._calibration = Calibration()
         self._watcher = watcher
         self._tracer = tracer
         self._check_reachable = check_reachable
@@ -96,7 +98,12 @@ class Monitor:
         with self._reporting:
             picture = self.picture
             if self._reported is None or self._reported[0] is not picture:
-                report = summarize(picture, self.config.wanted, show_addresses=self.config.show_addresses)
+                report = summarize(
+                    picture,
+                    self.config.wanted,
+                    show_addresses=self.config.show_addresses,
+                    corrections=self._calibration.factors(),
+                )
                 self._reported = (picture, report)
             return self._reported[1]
 
@@ -121,9 +128,12 @@ class Monitor:
     async def _trace(self, model: ModelPicture, request: TraceRequest) -> TraceReport:
         async with self._tracing:
             report = await self._tracer.trace(model, request)
+        correction = self._calibration.factors().get(report.fingerprint, 1.0)
         if request.peers is None:  # what a client would meet; a chosen chain may be slow on purpose
             self.latencies.observe(report)
-        return report
+            self._calibration.observe(report)
+        expected = report.predicted_step_time
+        return report.model_copy(update={"predicted_step_time": None if expected is None else correction * expected})
 
     async def is_reachable(self, peer_id: str) -> ReachabilityReport:
         """Whether a peer can be reached from here, and if not, why. Raises SwarmError, UsageError for a bad peer id."""

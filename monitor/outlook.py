@@ -32,9 +32,11 @@ def best_chain(model: ModelPicture) -> Chain | None:
     return find_chain(model.served, whole, cache_tokens=SESSION_TOKENS)
 
 
-def describe_chain(model: ModelPicture, chain: Chain) -> ChainReport:
-    """What each hop is predicted to take. The way back from the last server counts to it."""
-    snapshot, hops, at = model.served, list[HopReport](), None
+def describe_chain(model: ModelPicture, chain: Chain, correction: float | None = None) -> ChainReport:
+    """What each hop is predicted to take. The way back from the last server counts to it.
+
+    correction: see `ChainReport`."""
+    snapshot, hops, at, factor = model.served, list[HopReport](), None, correction or 1.0
     for number, link in enumerate(chain):
         record = snapshot.get(link.peer_id)
         assert record is not None
@@ -42,14 +44,16 @@ def describe_chain(model: ModelPicture, chain: Chain) -> ChainReport:
         seconds += span_time(record.info, len(link.span))
         if number == len(chain) - 1:
             seconds += edge_time(snapshot, link.peer_id, None)
-        hops.append(HopReport(peer_id=link.peer_id, blocks=(link.span.start, link.span.end), seconds=seconds))
+        hops.append(HopReport(peer_id=link.peer_id, blocks=(link.span.start, link.span.end), seconds=factor * seconds))
         at = link.peer_id
-    time = chain_time(snapshot, chain)
-    return ChainReport(hops=tuple(hops), step_time=time, tokens_per_second=1 / time)
+    time = factor * chain_time(snapshot, chain)
+    return ChainReport(hops=tuple(hops), step_time=time, tokens_per_second=1 / time, correction=correction)
 
 
-def departures(model: ModelPicture, best: Chain | None) -> Mapping[str, Departure]:
-    """What happens if each of the serving servers leaves, by peer id. best: the fastest chain now.
+def departures(model: ModelPicture, best: Chain | None, correction: float | None = None) -> Mapping[str, Departure]:
+    """What happens if each of the serving servers leaves, by peer id.
+
+    best: the fastest chain now. correction: see `ChainReport`.
 
     Its sessions move to other holders of its blocks. Each client chooses what is best from where it is, which nobody
     else can know, so they are taken to spread evenly: with one holder left, all of them meet there.
@@ -72,7 +76,8 @@ def departures(model: ModelPicture, best: Chain | None) -> Mapping[str, Departur
                     continue
                 searches_left -= 1
                 time = _time_without(model, server)
-        found[server.peer_id] = Departure(lost_blocks=lost, step_time=time)
+        corrected = None if time is None else time * (correction or 1.0)
+        found[server.peer_id] = Departure(lost_blocks=lost, step_time=corrected)
     return found
 
 

@@ -31,11 +31,14 @@ class ChainReport(Frozen):
     """The chain that a client beside the monitor would take for one row.
 
     step_time: predicted seconds of a token, embeddings and head aside. tokens_per_second: 1 / step_time.
+    correction: what routing's own predictions for this model are multiplied by here and in every `Departure`, as test
+    requests of late showed; None: there were none.
     """
 
     hops: tuple[HopReport, ...]
     step_time: Seconds
     tokens_per_second: float
+    correction: float | None
 
 
 class Departure(Frozen):
@@ -190,7 +193,7 @@ class TraceReport(Frozen):
 
     connect_time: to find the chain and open the session. prompt: the first step. token: the mean of the later ones.
     step_times: of each of those, in seconds. time_to_first_token: connect_time and the prompt.
-    time_per_output_token: the median of step_times. predicted_step_time: what routing expected of it.
+    time_per_output_token: the median of step_times. predicted_step_time: what was expected of it.
     """
 
     model: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
+from types import MappingProxyType
 
 from swarm.data_structures import DECODE_ROWS
 from swarm.dht import ServerRecord
@@ -19,8 +20,17 @@ from .report import AdapterReport, Departure, ModelReport, ServerReport, SwarmRe
 MOST_LINKS = 16
 
 
-def summarize(picture: Picture, wanted: Iterable[str] = (), *, show_addresses: bool = False) -> SwarmReport:
-    """wanted: names of models, or starts of their fingerprints, that should be there."""
+def summarize(
+    picture: Picture,
+    wanted: Iterable[str] = (),
+    *,
+    show_addresses: bool = False,
+    corrections: Mapping[str, float] = MappingProxyType({}),
+) -> SwarmReport:
+    """wanted: names of models, or starts of their fingerprints, that should be there.
+
+    corrections: of predictions, by fingerprint, see `calibration`.
+    """
     found = problems(picture, wanted)
     addresses = picture.addresses if show_addresses else None
     return SwarmReport(
@@ -30,7 +40,9 @@ def summarize(picture: Picture, wanted: Iterable[str] = (), *, show_addresses: b
         revision=picture.revision,
         made_at=picture.made_at,
         read_at=picture.read_at,
-        models=tuple(_describe_model(model, addresses) for model in picture.models),
+        models=tuple(
+            _describe_model(model, addresses, corrections.get(model.model.fingerprint)) for model in picture.models
+        ),
     )
 
 
@@ -51,9 +63,11 @@ def problems(picture: Picture, wanted: Iterable[str] = ()) -> list[str]:
     return found
 
 
-def _describe_model(model: ModelPicture, addresses: Mapping[str, tuple[str, ...]] | None) -> ModelReport:
+def _describe_model(
+    model: ModelPicture, addresses: Mapping[str, tuple[str, ...]] | None, correction: float | None
+) -> ModelReport:
     best = best_chain(model)
-    leaving = departures(model, best)
+    leaving = departures(model, best, correction)
     return ModelReport(
         name=model.model.name,
         fingerprint=model.model.fingerprint,
@@ -63,7 +77,7 @@ def _describe_model(model: ModelPicture, addresses: Mapping[str, tuple[str, ...]
         missing_blocks=model.missing_blocks,
         weakest_blocks=model.weakest_blocks,
         replicas=model.replicas,
-        best_chain=None if best is None else describe_chain(model, best),
+        best_chain=None if best is None else describe_chain(model, best, correction),
         servers=tuple(
             _describe_server(
                 model,

@@ -31,6 +31,8 @@ SETTLE_TIME = 10.0
 SEEN_TIME = 60.0
 #: Looks of the monitor before it predicts: round trips vary.
 LOOKS = 3
+#: Test requests from which it learns how right its predictions are.
+PROBES = 5
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Departed:
     """What was predicted for one server's leaving, and what came. server: its number. blocks: that it held.
 
     present: predicted seconds of a step before; measured_before: of each of many. predicted: after, None: no chain is
-    left; measured: of each of many.
+    left; measured: of each of many. correction: what both predictions have to be multiplied by, see
+    `swarm.monitor.calibration`.
     """
 
     swarm: int
@@ -50,6 +53,7 @@ class Departed:
     measured_before: Sequence[float]
     predicted: float | None
     measured: Sequence[float]
+    correction: float
 
     @property
     def as_predicted(self) -> bool:
@@ -165,6 +169,7 @@ class _Scene:
         assert best is not None, "every block has a holder with room"
         measured_before = self._step_times(before)
         present, departure = self._predict(server.peer_id)
+        correction = self._correction()
         self.progress(f"server {number}: killed")
         server.kill()
         self._look_until(lambda model: all(one.peer_id != server.peer_id for one in model.serving))
@@ -180,6 +185,7 @@ class _Scene:
             measured_before=measured_before,
             predicted=departure.step_time,
             measured=self._step_times(after),
+            correction=correction,
         )
         self.progress(f"server {number}: started again")
         self.swarm.add(server.spec)
@@ -208,6 +214,22 @@ class _Scene:
         departure = next(server.departure for server in model.servers if server.peer_id == peer_id)
         assert departure is not None and model.best_chain is not None, "all servers serve"
         return model.best_chain.step_time, departure
+
+    def _correction(self) -> float:
+        """What test requests through the best chain show, as the monitor makes them."""
+        from swarm.monitor.calibration import Calibration
+        from swarm.monitor.monitor import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS
+        from swarm.monitor.report import TraceRequest
+        from swarm.monitor.trace import Tracer
+
+        calibration, tracer = Calibration(), Tracer(self.client.thread.node)
+        for _ in range(PROBES):
+            model = self._look()
+            request = TraceRequest(
+                model=model.model.name, prompt_tokens=PROBE_PROMPT_TOKENS, new_tokens=PROBE_NEW_TOKENS
+            )
+            calibration.observe(self.client.thread.run(tracer.trace(model, request)))
+        return calibration.factors()[model.model.fingerprint]
 
     def _step_times(self, model: ModelPicture) -> list[float]:
         """Seconds of steps of a new session on the best chain; none if there is none."""

@@ -307,7 +307,18 @@ def test_departures(tiny_llama_folder: Path, tmp_path: Path) -> None:
 
 
 def departed(**changes: Any) -> Departed:
-    usual = Departed(0, 1, "0:4", (), (), present=0.1, measured_before=[0.1], predicted=0.2, measured=[0.3, 0.19, 0.2])
+    usual = Departed(
+        swarm=0,
+        server=1,
+        blocks="0:4",
+        predicted_lost=(),
+        lost=(),
+        present=0.125,
+        measured_before=[0.1],
+        predicted=0.25,
+        measured=[0.3, 0.19, 0.2],
+        correction=0.8,
+    )
     return replace(usual, **changes)
 
 
@@ -320,7 +331,8 @@ def test_figures_of_departures() -> None:
     assert report.ratios["swarm 0, server 1 (0:4): measured / predicted, after"] == pytest.approx(1.0)
     assert report.ratios["blocks as predicted"] == 3 / 4
     assert report.ratios["time after within 25% of the prediction"] == 1 / 2
-    assert report.ratios["time after: largest deviation"] == pytest.approx(0.5)
+    assert report.ratios["time after within 25% of the prediction before its correction"] == 1
+    assert report.ratios["time after: largest deviation from the prediction"] == pytest.approx(0.5)
 
 
 @pytest.mark.slow
