@@ -43,7 +43,16 @@ class LocalMonitor:
 
     def __init__(self, initial_peers: Sequence[str], *flags: str, start_timeout: float = 60.0):
         self.url = ""
-        self._command = [sys.executable, "-m", "swarm.scripts.main", "health", "--port", "0", *flags]
+        self._command = [
+            sys.executable,
+            "-m",
+            "swarm.scripts.main",
+            "health",
+            "--port",
+            "0",
+            "--stop-with-stdin",
+            *flags,
+        ]
         self._command += ["--initial-peers", ",".join(initial_peers)]
         self._start_timeout = start_timeout
         self._ready = threading.Event()
@@ -51,7 +60,12 @@ class LocalMonitor:
     def __enter__(self) -> LocalMonitor:
         self._log = tempfile.TemporaryFile("w+", prefix="petswarm-monitor-")
         self.process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
+            self._command,
+            stdin=subprocess.PIPE,  # closes with us, however we end
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
         )
         threading.Thread(target=self._read_stdout, daemon=True).start()
         ready = self._ready.wait(self._start_timeout)
