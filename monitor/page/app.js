@@ -78,5 +78,6 @@ setInterval(() => {
   showStatus(live);
   showBanners(live);
   servers.tick();
+  details.tick();
 }, TICK);
 live.start();
