@@ -102,8 +102,8 @@ class LocalMonitor:
 
 
 @contextlib.contextmanager
-def headless_browser(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
-    """Debian's Chromium with a fresh profile. Keeps logs of its console and requests."""
+def headless_browser(width: int = 1280, height: int = 900, *, logged: bool = False) -> Iterator[Chrome]:
+    """Debian's Chromium with a fresh profile. logged: it keeps logs of its console and requests."""
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service
 
@@ -112,7 +112,8 @@ def headless_browser(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
         options.binary_location = str(CHROMIUM)
         for flag in (*_FLAGS, f"--window-size={width},{height}", f"--user-data-dir={profile}"):
             options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        if logged:
+            options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         browser = Chrome(options=options, service=Service(str(CHROMEDRIVER)))
         try:
             browser.set_page_load_timeout(30)

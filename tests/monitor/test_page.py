@@ -142,7 +142,7 @@ def monitor(swarm: LocalSwarm) -> Iterator[LocalMonitor]:
 
 @pytest.fixture(scope="module")
 def browser(monitor: LocalMonitor) -> Iterator[Chrome]:
-    with headless_browser() as browser:
+    with headless_browser(logged=True) as browser:
         browser.get("about:blank")
         browser.get_log("performance")  # the browser's own page at its start is not ours
         yield browser
