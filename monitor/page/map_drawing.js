@@ -155,7 +155,7 @@ function drawNumbers(context, { sizes, palette, model }, span) {
   }
 }
 
-/** In figures, or, where these have no room, taller bars for more; the fewest are marked, and so is what nobody serves. */
+/** In figures, or where these have no room in taller bars for more; the fewest and blocks without any are marked. */
 function drawReplicas(context, { sizes, palette, model, view }, span) {
   const most = Math.max(1, ...model.replicas);
   const fewest = Math.min(...model.replicas);

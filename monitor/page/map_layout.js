@@ -34,7 +34,7 @@ export function orderRows(model, hops, order) {
 
 /** The hops of the best chain, by peer id: a list of {number, blocks}, as a chain may come back to a server. */
 export function hopsByPeer(model) {
-  const hops = (model.best_chain?.hops ?? []).map(({ peer_id, blocks }, index) => ({ peer_id, blocks, number: index + 1 }));
+  const hops = (model.best_chain?.hops ?? []).map((hop, index) => ({ ...hop, number: index + 1 }));
   return Map.groupBy(hops, (hop) => hop.peer_id);
 }
 

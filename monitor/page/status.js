@@ -28,7 +28,8 @@ export function departureOf(server, step) {
   }
   if (departure.step_time === null) {
     // without a chain now its leaving is not what takes it
-    return step === null ? { text: "no chain even now", grave: false, order: 0 } : { text: "no chain is left", grave: true, order: 1e9 };
+    const grave = step !== null;
+    return { text: grave ? "no chain is left" : "no chain even now", grave, order: grave ? 1e9 : 0 };
   }
   const change = step === null ? 0 : departure.step_time - step;
   if (step !== null && Math.abs(change) < 1e-3 * step) return { text: "no change", grave: false, order: 0 };

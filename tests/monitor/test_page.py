@@ -277,6 +277,12 @@ def test_keyboard_and_address_lead_to_a_server(page: Page, swarm: LocalSwarm) ->
     page.wait(lambda: "server=" not in page.browser.current_url, "it is closed")
 
 
+def test_a_link_to_a_model_that_is_gone_does_not_pass_for_another(page: Page) -> None:
+    assert not page.texts("#notice:not([hidden])")
+    page.open("#model=feedfacefeed")
+    assert "No server serves feedfacefeed" in page.text("#notice:not([hidden])")
+
+
 def test_a_peer_that_nobody_knows_is_not_reached(page: Page) -> None:
     page.press("#reach-peer", "Qm" + "a" * 44)
     page.click("#reach-form button")
