@@ -68,6 +68,12 @@ def health(
             show_default=f"{DEFAULT_PROBE_PERIOD:g}",
         ),
     ] = None,
+    stop_with_stdin: Annotated[
+        bool,
+        typer.Option(
+            "--stop-with-stdin", help="Also stop when standard input closes (for programs that start monitors)."
+        ),
+    ] = False,
     verbose: Verbose = False,
     log_json: LogJson = False,
 ) -> None:
@@ -75,6 +81,11 @@ def health(
 
     With --once print them instead, and exit with 1 if a model is incomplete or absent. --watch prints until Ctrl-C.
     """
+    from .serving import StdinWatch, run_until_stopped, serve
+
+    if once and stop_with_stdin:
+        raise UsageError("--once ends by itself: leave --stop-with-stdin out")
+    stdin = StdinWatch() if stop_with_stdin else None
     web_options: dict[str, object] = {"--host": host, "--port": port, "--probe-period": probe_period}
     given = [name for name, value in web_options.items() if value is not None]
     _check_options(once, watch, as_json, update_period, given + ["--show-addresses"] * show_addresses)
@@ -91,13 +102,11 @@ def health(
     settings = WatchSettings(DEFAULT_UPDATE_PERIOD if update_period is None else update_period)
     if watch:
         from . import health_watch
-        from .serving import run_until_stopped
 
         opened = health_watch.as_lines if as_json else health_watch.on_terminal
-        run_until_stopped(lambda: health_watch.watch(config, settings, wanted, opened), None)
+        run_until_stopped(lambda: health_watch.watch(config, settings, wanted, opened), stdin)
         return
     from .health_web import Listener, WebMonitor
-    from .serving import run_until_stopped, serve
 
     listener = Listener.open(host or DEFAULT_HOST, DEFAULT_PORT if port is None else port)
     monitor = WebMonitor(
@@ -108,7 +117,7 @@ def health(
         show_addresses=show_addresses,
         probe_period=DEFAULT_PROBE_PERIOD if probe_period is None else probe_period,
     )
-    run_until_stopped(lambda: serve(monitor), None)
+    run_until_stopped(lambda: serve(monitor), stdin)
 
 
 def _check_options(once: bool, watch: bool, as_json: bool, update_period: float | None, web_options: list[str]) -> None:

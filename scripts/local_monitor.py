@@ -43,7 +43,16 @@ class LocalMonitor:
 
     def __init__(self, initial_peers: Sequence[str], *flags: str, start_timeout: float = 60.0):
         self.url = ""
-        self._command = [sys.executable, "-m", "swarm.scripts.main", "health", "--port", "0", *flags]
+        self._command = [
+            sys.executable,
+            "-m",
+            "swarm.scripts.main",
+            "health",
+            "--port",
+            "0",
+            "--stop-with-stdin",
+            *flags,
+        ]
         self._command += ["--initial-peers", ",".join(initial_peers)]
         self._start_timeout = start_timeout
         self._ready = threading.Event()
@@ -51,7 +60,12 @@ class LocalMonitor:
     def __enter__(self) -> LocalMonitor:
         self._log = tempfile.TemporaryFile("w+", prefix="petswarm-monitor-")
         self.process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
+            self._command,
+            stdin=subprocess.PIPE,  # closes with us, however we end
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
         )
         threading.Thread(target=self._read_stdout, daemon=True).start()
         ready = self._ready.wait(self._start_timeout)
@@ -88,8 +102,8 @@ class LocalMonitor:
 
 
 @contextlib.contextmanager
-def headless_browser(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
-    """Debian's Chromium with a fresh profile. Keeps logs of its console and requests."""
+def headless_browser(width: int = 1280, height: int = 900, *, logged: bool = False) -> Iterator[Chrome]:
+    """Debian's Chromium with a fresh profile. logged: it keeps logs of its console and requests."""
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service
 
@@ -98,7 +112,8 @@ def headless_browser(width: int = 1280, height: int = 900) -> Iterator[Chrome]:
         options.binary_location = str(CHROMIUM)
         for flag in (*_FLAGS, f"--window-size={width},{height}", f"--user-data-dir={profile}"):
             options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        if logged:
+            options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         browser = Chrome(options=options, service=Service(str(CHROMEDRIVER)))
         try:
             browser.set_page_load_timeout(30)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import re
-import shutil
-import tempfile
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from swarm.errors import SwarmError, UsageError
 
-if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
+from .local_monitor import CHROMEDRIVER, CHROMIUM, headless_browser
 
 #: Seconds until a page is drawn, at most.
 TIMEOUT = 60.0
@@ -45,29 +44,20 @@ class Browser:
     """A context manager that leaves nothing behind. Raises UsageError if there is none."""
 
     def __enter__(self) -> Browser:
-        chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-        if chromium is None or driver is None:
+        if not (CHROMIUM.exists() and CHROMEDRIVER.exists()):
             raise UsageError("the page needs Chromium: apt install chromium chromium-driver, or say --no-page")
-        try:
-            from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-        except ImportError:
-            raise UsageError("the page needs Selenium: pip install selenium, or say --no-page") from None
-        self._profile = tempfile.TemporaryDirectory(prefix="petswarm-chromium-")
-        options = ChromeOptions()
-        options.binary_location = chromium
-        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-            options.add_argument(flag)
-        options.add_argument(f"--window-size={SIZE[0]},{SIZE[1]}")
-        options.add_argument(f"--user-data-dir={self._profile.name}")
-        self._chrome: Chrome = Chrome(options=options, service=ChromeService(driver))
-        self._chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
+        if importlib.util.find_spec("selenium") is None:
+            raise UsageError("the page needs Selenium: pip install selenium, or say --no-page")
+        with contextlib.ExitStack() as stack:
+            self._chrome = stack.enter_context(headless_browser(*SIZE))
+            self._chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._chrome.quit()
-        self._profile.cleanup()
+        self._stack.close()
 
     def open(self, url: str, num_servers: int) -> PageTiming:
         """Load the page as if for the first time. Raises SwarmError if its map shows another number of servers."""

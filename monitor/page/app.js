@@ -3,13 +3,13 @@
 import { showBanners, showStatus } from "./banners.js";
 import { BlockMap } from "./block_map.js";
 import { Details } from "./details.js";
-import { byId, make, replaceChildren } from "./dom.js";
+import { byId, make, replaceChildren, setText } from "./dom.js";
 import { count } from "./format.js";
 import { LinksPanel } from "./links.js";
 import { Live } from "./live.js";
 import { showOverview } from "./overview.js";
 import { ReachPanel, runCheck } from "./reach.js";
-import { chosenModel, go, linkTo, readRoute } from "./route.js";
+import { chosenModel, go, isCalled, linkTo, readRoute } from "./route.js";
 import { ServersPanel } from "./servers.js";
 import { TracePanel } from "./trace.js";
 
@@ -47,6 +47,8 @@ function update() {
     return;
   }
   showModels(live.report.models, model);
+  byId("notice").hidden = !route.model || isCalled(model, route.model);
+  setText(byId("notice"), `▲ No server serves ${route.model}, which this link asks for. Shown is ${model.name}.`);
   showOverview(model);
   map.update(model);
   servers.update(model, route.server);
@@ -78,5 +80,6 @@ setInterval(() => {
   showStatus(live);
   showBanners(live);
   servers.tick();
+  details.tick();
 }, TICK);
 live.start();

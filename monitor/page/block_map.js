@@ -4,7 +4,7 @@
 import { byId, make, setText, whenSeen } from "./dom.js";
 import { count, duration, nameOf, number, span } from "./format.js";
 import { drawMap } from "./map_drawing.js";
-import { HEAD_HEIGHT, hopsByPeer, layout, orderRows, throughputScale } from "./map_layout.js";
+import { blockRate, HEAD_HEIGHT, hopsByPeer, layout, orderRows, rateScale } from "./map_layout.js";
 import { fillState, readPalette } from "./palette.js";
 import { departureOf, STATUSES, statusOf } from "./status.js";
 
@@ -39,7 +39,7 @@ export class BlockMap {
     if (!this._model) return;
     this._hops = hopsByPeer(this._model);
     this._rows = orderRows(this._model, this._hops, byId("map-order").value);
-    this._scale = throughputScale(this._model.servers);
+    this._scale = rateScale(this._model.servers);
     this._redraw();
   }
 
@@ -112,25 +112,28 @@ export class BlockMap {
     const shown = Object.keys(STATUSES).filter((status) => present.has(status));
     const entries = shown.map((status) =>
       legendEntry(STATUSES[status].label, (context) => {
-        fillState(context, this._palette, status, 0, 0, 26, 14, 0.8);
+        fillState(context, this._palette, status, 0, 0, 26, 14, 0.5);
       }),
     );
     const { slowest, fastest } = this._scale;
-    if (fastest > slowest * 1.01) {
+    if (slowest !== null) {
+      const ends = `${number(slowest)} or less to ${number(fastest)} or more tokens/s through one block`;
       entries.push(
-        legendEntry(`${number(slowest)} to ${number(fastest)} tokens/s`, (context) => {
+        legendEntry(ends, (context) => {
           for (let at = 0; at < 26; at++) fillState(context, this._palette, "online", at, 0, 1, 14, at / 25);
         }),
       );
     }
-    entries.push(
-      legendEntry("fastest chain", (context) => {
-        context.strokeStyle = this._palette.ink;
-        context.lineWidth = 2;
-        context.strokeRect(1, 1, 24, 12);
-      }),
-    );
-    if (!everywhere(this._model)) {
+    if (this._model.best_chain) {
+      entries.push(
+        legendEntry("fastest chain", (context) => {
+          context.strokeStyle = this._palette.ink;
+          context.lineWidth = 2;
+          context.strokeRect(1, 1, 24, 12);
+        }),
+      );
+    }
+    if (this._model.complete && !everywhere(this._model)) {
       entries.push(make("li", {}, make("span", { class: "weak", "aria-hidden": "true" }, "▼"), " fewest replicas"));
     }
     if (!this._model.complete) {
@@ -199,10 +202,12 @@ export class BlockMap {
 
   _sentence(server) {
     const parts = [`${nameOf(server)}: blocks ${span(server.span)}`, STATUSES[statusOf(server)].label];
-    if (server.throughput > 0) parts.push(`${number(server.throughput)} tokens/s`);
+    if (server.throughput > 0) {
+      parts.push(`${number(server.throughput)} tokens/s (${number(blockRate(server))} through one block)`);
+    }
     if (server.round_trip !== null) parts.push(`${duration(server.round_trip)} away`);
-    const hop = this._hops.get(server.peer_id);
-    if (hop) parts.push(`hop ${hop.number} of the fastest chain`);
+    const hops = this._hops.get(server.peer_id) ?? [];
+    if (hops.length) parts.push(`${hops.map((hop) => `hop ${hop.number}`).join(" and ")} of the fastest chain`);
     parts.push(`if it leaves: ${departureOf(server, this._model.best_chain?.step_time ?? null).text}`);
     return parts.join(", ");
   }

@@ -12,10 +12,10 @@ export class ChainChooser {
     this._list = make("ol");
     this._select = make("select", { "aria-label": "Next server", onchange: () => this._add() });
     const button = (text, act) => make("button", { type: "button", class: "small", onclick: act }, text);
-    const best = button("Take the fastest chain", () => this._set(this._best()));
+    this._fastest = button("Those of the fastest chain", () => this._set(this._best()));
     this._undo = button("Remove the last", () => this._set(this.peers.slice(0, -1)));
     this._hint = make("p", { class: "hint", role: "status" });
-    place.append(this._list, make("div", { class: "row" }, this._select, this._undo, best), this._hint);
+    place.append(this._list, make("div", { class: "row" }, this._select, this._undo, this._fastest), this._hint);
   }
 
   /** Whether the chosen servers hold all blocks. */
@@ -24,9 +24,10 @@ export class ChainChooser {
   }
 
   update(model) {
-    if (this._model?.fingerprint !== model.fingerprint) this.peers = [];
+    const other = this._model?.fingerprint !== model.fingerprint;
+    if (other) this.peers = [];
     this._model = model;
-    if (document.activeElement !== this._select) this._draw(); // an open list would close
+    if (other || document.activeElement !== this._select) this._draw(); // an open list would close
   }
 
   _best() {
@@ -79,6 +80,8 @@ export class ChainChooser {
     this._select.replaceChildren(make("option", { value: "" }, "next server…"), ...options);
     this._select.disabled = !fits.length;
     this._undo.disabled = !this.peers.length;
+    const best = this._best();
+    this._fastest.disabled = !best.length || new Set(best).size < best.length; // each server is named once
     setText(this._hint, this._advice(end, fits.length));
   }
 

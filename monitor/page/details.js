@@ -11,6 +11,7 @@ export class Details {
     this._dialog = byId("server");
     this._check = check;
     this._now = now;
+    this._model = null;
     this._peerId = null;
     this._list = make("dl", { class: "details" });
     this._result = make("div");
@@ -22,23 +23,47 @@ export class Details {
     byId("server-body").append(this._list, this._button, this._result);
     byId("server-close").addEventListener("click", () => this._dialog.close());
     this._dialog.addEventListener("close", close);
+    let pressedOutside = false; // selecting a text may end there, and must not close it
+    this._dialog.addEventListener("pointerdown", (event) => (pressedOutside = this._isOutside(event)));
     this._dialog.addEventListener("click", (event) => {
-      if (event.target === this._dialog) this._dialog.close(); // outside of its contents
+      if (pressedOutside && this._isOutside(event)) this._dialog.close();
     });
   }
 
   /** Show this server of the model; null: none. */
   update(model, peerId) {
-    if (peerId !== this._peerId) this._result.replaceChildren();
+    const other = peerId !== this._peerId;
+    if (other) this._result.replaceChildren();
     this._peerId = peerId;
+    this._model = model;
     if (!peerId) {
       if (this._dialog.open) this._dialog.close();
       return;
     }
-    const server = model.servers.find((one) => one.peer_id === peerId);
-    setText(byId("server-name"), server ? nameOf(server) : shortId(peerId));
-    this._list.replaceChildren(...(server ? this._entries(model, server) : gone(peerId)));
+    if (other || !this._holdsSelection()) this._draw();
     if (!this._dialog.open) this._dialog.showModal();
+  }
+
+  /** Ages grow without news. */
+  tick() {
+    if (this._peerId && !this._holdsSelection()) this._draw();
+  }
+
+  _draw() {
+    const server = this._model.servers.find((one) => one.peer_id === this._peerId);
+    setText(byId("server-name"), server ? nameOf(server) : shortId(this._peerId));
+    this._list.replaceChildren(...(server ? this._entries(this._model, server) : gone(this._peerId)));
+  }
+
+  // Somebody is about to copy what he selected, and it would be lost.
+  _holdsSelection() {
+    const selection = getSelection();
+    return !selection.isCollapsed && this._list.contains(selection.anchorNode);
+  }
+
+  _isOutside({ target, clientX: x, clientY: y }) {
+    const { left, right, top, bottom } = this._dialog.getBoundingClientRect();
+    return target === this._dialog && (x < left || x > right || y < top || y > bottom);
   }
 
   check() {
@@ -94,10 +119,14 @@ function gone(peerId) {
 
 function leaving(model, server) {
   const departure = server.departure;
-  if (!departure) return "it serves nobody now, so nothing changes";
+  if (!departure) {
+    return server.serving ? "not worked out, as this model is so large" : "it serves nobody now, so nothing changes";
+  }
   if (departure.lost_blocks.length)
     return `▲ nobody else holds ${ranges(departure.lost_blocks)}: the model becomes incomplete`;
-  if (departure.step_time === null) return "▲ the others have no room for a chain";
+  if (departure.step_time === null) {
+    return model.best_chain ? "▲ the others have no room for a chain" : "no block is lost; there is no chain even now";
+  }
   const now = model.best_chain?.step_time;
   return `no block is lost; a token takes ${duration(departure.step_time)}, now ${duration(now)}`;
 }

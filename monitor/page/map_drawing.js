@@ -8,7 +8,7 @@ import { statusOf } from "./status.js";
 const FONT = "system-ui, sans-serif";
 
 /**
- * scene: model, rows (servers in order), hops (of the best chain, by peer id), strength (of a throughput), sizes,
+ * scene: model, rows (servers in order), hops (of the best chain, by peer id), strength (of a server), sizes,
  * palette, view ({left, top, width, height} in pixels of the whole map), marked (a peer id), dense.
  */
 export function drawMap(context, scene) {
@@ -48,32 +48,32 @@ function drawBar(context, scene, server, y, span) {
   }
   const gap = dense ? 0.5 : 2;
   const [x, width] = span(...server.span.map((block) => Math.min(block, model.num_blocks)));
-  fillState(context, palette, statusOf(server), x, y + gap, width, sizes.row - 2 * gap, strength(server.throughput));
+  fillState(context, palette, statusOf(server), x, y + gap, width, sizes.row - 2 * gap, strength(server));
 }
 
 function drawHop(context, scene, server, y, span) {
-  const hop = scene.hops.get(server.peer_id);
-  if (!hop) return;
-  const [x, width] = span(...hop.blocks);
   context.strokeStyle = scene.palette.ink;
   context.lineWidth = scene.dense ? 1.5 : 2;
-  context.strokeRect(x + 1, y + 1, width - 2, scene.sizes.row - 2);
+  for (const { blocks } of scene.hops.get(server.peer_id) ?? []) {
+    const [x, width] = span(...blocks);
+    context.strokeRect(x + 1, y + 1, width - 2, scene.sizes.row - 2);
+  }
 }
 
 function drawName(context, scene, server, y) {
   const { sizes, palette, hops, dense } = scene;
   if (dense) return;
-  const hop = hops.get(server.peer_id);
+  const numbers = (hops.get(server.peer_id) ?? []).map((hop) => hop.number);
   const middle = y + sizes.row / 2;
   let left = 2;
-  if (hop) {
-    drawNumber(context, palette, 10, middle, hop.number);
-    left = 22;
+  for (const hop of numbers) {
+    drawNumber(context, palette, left + 8, middle, hop);
+    left += 20;
   }
   context.font = `${sizes.row > 20 ? 12.5 : 11}px ${FONT}`;
   context.textBaseline = "middle";
   context.textAlign = "left";
-  context.fillStyle = hop || server.serving ? palette.ink : palette.muted;
+  context.fillStyle = numbers.length || server.serving ? palette.ink : palette.muted;
   context.fillText(shortened(context, nameOf(server), sizes.label - left - 8), left, middle + 0.5);
 }
 
@@ -155,7 +155,7 @@ function drawNumbers(context, { sizes, palette, model }, span) {
   }
 }
 
-/** More replicas, taller bars; the fewest are marked, and so are blocks that nobody serves. */
+/** In figures, or where these have no room in taller bars for more; the fewest and blocks without any are marked. */
 function drawReplicas(context, { sizes, palette, model, view }, span) {
   const most = Math.max(1, ...model.replicas);
   const fewest = Math.min(...model.replicas);
@@ -167,8 +167,8 @@ function drawReplicas(context, { sizes, palette, model, view }, span) {
     const [x, width] = span(block, block + 1);
     if (x + width < sizes.label || x > view.width) return;
     const weak = replicas === fewest && fewest < most;
-    const height = replicas ? Math.max(2, ((HEAD.replicas - (roomy ? 0 : 5)) * replicas) / most) : HEAD.replicas;
-    context.globalAlpha = replicas ? (weak ? 0.75 : 0.28) : 0.3;
+    const height = replicas && !roomy ? Math.max(2, ((HEAD.replicas - 5) * replicas) / most) : HEAD.replicas;
+    context.globalAlpha = replicas ? (weak ? (roomy ? 0.45 : 0.75) : roomy ? 0.16 : 0.28) : 0.3;
     context.fillStyle = replicas ? (weak ? palette.warn : palette.muted) : palette.bad;
     context.fillRect(x, bottom - height, Math.max(1, width - (sizes.block >= 6 ? 1 : 0)), height);
     context.globalAlpha = 1;
@@ -213,7 +213,7 @@ function drawChain(context, { palette, model, hops }, span) {
     context.font = `11px ${FONT}`;
     context.fillText("none: some blocks have no server with room", span(0, 0)[0] + 4, top + 14);
   }
-  for (const { number: hop, blocks } of hops.values()) {
+  for (const { number: hop, blocks } of [...hops.values()].flat()) {
     const [x, width] = span(...blocks);
     context.fillStyle = palette.raised;
     context.fillRect(x + 1, top, width - 2, HEAD.chain);

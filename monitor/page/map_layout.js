@@ -20,9 +20,9 @@ const ORDERS = {
   blocks: () => 0,
   chain: (one, other, hops) => rank(hops, one) - rank(hops, other),
   status: (one, other) => statusRank(one) - statusRank(other),
-  throughput: (one, other) => other.throughput - one.throughput,
+  throughput: (one, other) => blockRate(other) - blockRate(one),
 };
-const rank = (hops, server) => hops.get(server.peer_id)?.number ?? Infinity;
+const rank = (hops, server) => hops.get(server.peer_id)?.[0].number ?? Infinity;
 const NAMES = Object.keys(STATUSES);
 const statusRank = (server) => NAMES.indexOf(statusOf(server));
 
@@ -32,21 +32,30 @@ export function orderRows(model, hops, order) {
   return [...model.servers].sort((one, other) => compare(one, other, hops) || 0);
 }
 
-/** The hops of the best chain, by peer id: {number, blocks}. */
+/** The hops of the best chain, by peer id: a list of {number, blocks}, as a chain may come back to a server. */
 export function hopsByPeer(model) {
-  const hops = model.best_chain?.hops ?? [];
-  return new Map(hops.map((hop, index) => [hop.peer_id, { number: index + 1, blocks: hop.blocks }]));
+  const hops = (model.best_chain?.hops ?? []).map((hop, index) => ({ ...hop, number: index + 1 }));
+  return Map.groupBy(hops, (hop) => hop.peer_id);
 }
 
+/** Tokens/s through one block alone: a server is not slower for holding more of them. */
+export const blockRate = ({ throughput, span: [start, end] }) => throughput * (end - start);
+
+const SHADES = 4; // up to so many times as fast as the one in the middle is told apart, and as slow
+
 /**
- * 0 to 1 for a throughput, between the slowest and the fastest that are online; on a logarithmic scale, as machines
- * differ by factors.
+ * How strong the colour of a server is, 0 to 1, by the rate of its blocks beside that of the middle one of those that
+ * serve; on a logarithmic scale, as machines differ by factors. So the same factor always looks the same, equal
+ * servers look equal, and one that boasts does not make the others pale. slowest, fastest: the ends of the scale in
+ * tokens/s, null if nobody says how fast it is.
  */
-export function throughputScale(servers) {
-  const rates = servers.filter((server) => server.serving && server.throughput > 0).map((server) => server.throughput);
-  const slowest = Math.min(...rates);
-  const fastest = Math.max(...rates);
-  const range = Math.log(fastest / slowest);
-  const strength = (rate) => (range > 0.01 ? Math.min(1, Math.max(0, Math.log(rate / slowest) / range)) : 0.8);
-  return { slowest, fastest, strength };
+export function rateScale(servers) {
+  const told = servers.filter((server) => server.serving && server.throughput > 0).map(blockRate);
+  const middle = told.sort((one, other) => one - other)[told.length >> 1] ?? null;
+  const part = (rate) => (1 + Math.log(rate / middle) / Math.log(SHADES)) / 2;
+  return {
+    slowest: middle && middle / SHADES,
+    fastest: middle && middle * SHADES,
+    strength: (server) => (middle ? Math.min(1, Math.max(0, part(blockRate(server)))) : 0.5),
+  };
 }

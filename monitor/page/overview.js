@@ -28,12 +28,14 @@ function completeness(model) {
 function replicas(model) {
   const fewest = Math.min(...model.replicas);
   const most = Math.max(...model.replicas);
-  const detail = fewest === most ? "the same for every block" : `blocks ${ranges(model.weakest_blocks)} are weakest`;
+  const weakest = model.weakest_blocks;
+  const some = weakest.length === 1 ? `block ${weakest[0]} has` : `blocks ${ranges(weakest)} have`;
+  const detail = fewest === most ? "the same for every block" : `${some} fewest`;
   return figure(
     "Replicas",
     fewest === most ? number(fewest) : `${fewest} to ${most}`,
     detail,
-    fewest === 1 ? "thin" : null,
+    fewest === 0 ? "bad" : fewest === 1 ? "thin" : null,
   );
 }
 
@@ -71,9 +73,15 @@ function cache(model) {
   return figure("Cache free", percent(left / all), "of all servers together");
 }
 
+/** Why there is no chain. */
+export function whyNone(model) {
+  if (!model.complete) return "No chain of servers covers all blocks, so nobody can generate.";
+  return "Every block is served, but some only by servers whose caches are full: nobody can start to generate.";
+}
+
 function chain(model) {
   const best = model.best_chain;
-  if (!best) return make("p", { class: "muted" }, "No chain of servers covers all blocks, so nobody can generate.");
+  if (!best) return make("p", { class: "muted" }, whyNone(model));
   const longest = Math.max(...best.hops.map((hop) => hop.seconds));
   const byPeer = new Map(model.servers.map((server) => [server.peer_id, server]));
   const hops = best.hops.map((hop, index) => {

@@ -22,7 +22,10 @@ export function go(route) {
 
 /** The model that the route names, by name or the start of its fingerprint; else that of its server; else the first. */
 export function chosenModel(report, { model: name, server }) {
-  const called = (model) => model.name === name || (name && model.fingerprint.startsWith(name));
+  const called = (model) => isCalled(model, name);
   const served = (model) => server && model.servers.some((one) => one.peer_id === server);
   return report.models.find(called) ?? report.models.find(served) ?? report.models[0] ?? null;
 }
+
+/** Whether it has this name, or a fingerprint that starts so. */
+export const isCalled = (model, name) => Boolean(name) && (model.name === name || model.fingerprint.startsWith(name));

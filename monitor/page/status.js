@@ -22,11 +22,15 @@ export function statusOf(server) {
 /** What happens if it leaves, in a few words; `step` is what a token takes now, in seconds. */
 export function departureOf(server, step) {
   const departure = server.departure;
-  if (!departure) return { text: "serves nobody", grave: false, order: -1 };
+  if (!departure) return { text: server.serving ? "not worked out" : "serves nobody", grave: false, order: -1 };
   if (departure.lost_blocks.length) {
     return { text: `loses ${ranges(departure.lost_blocks)}`, grave: true, order: 1e9 + departure.lost_blocks.length };
   }
-  if (departure.step_time === null) return { text: "no chain is left", grave: true, order: 1e9 };
+  if (departure.step_time === null) {
+    // without a chain now its leaving is not what takes it
+    const grave = step !== null;
+    return { text: grave ? "no chain is left" : "no chain even now", grave, order: grave ? 1e9 : 0 };
+  }
   const change = step === null ? 0 : departure.step_time - step;
   if (step !== null && Math.abs(change) < 1e-3 * step) return { text: "no change", grave: false, order: 0 };
   return { text: `${duration(departure.step_time)} a token`, grave: false, order: change };

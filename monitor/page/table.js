@@ -107,7 +107,7 @@ export class PagedTable {
     this._headings.forEach((heading, index) => {
       const chosen = this.columns[index].id === this.sort;
       heading.setAttribute("aria-sort", !chosen ? "none" : this.descending ? "descending" : "ascending");
-      setText(heading.querySelector(".sign"), !chosen ? "" : this.descending ? " ▾" : " ▴");
+      setText(heading.querySelector(".sign"), !chosen ? "" : this.descending ? "\u00a0▾" : "\u00a0▴");
     });
   }
 

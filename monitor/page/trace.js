@@ -34,7 +34,7 @@ export class TracePanel {
     byId("trace-chooser").hidden = !this._chosen;
     const ready = this._chosen ? this._chooser.complete : this._model?.best_chain;
     byId("trace-start").disabled = Boolean(this._stop) || !ready;
-    byId("trace-start").title = ready ? "" : "No chain covers all blocks";
+    byId("trace-start").title = ready ? "" : this._chosen ? "First choose servers for all blocks" : "There is no chain";
     byId("trace-cancel").hidden = !this._stop;
   }
 

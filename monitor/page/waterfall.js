@@ -3,13 +3,13 @@
 import { figure, make } from "./dom.js";
 import { duration, number, percent, shortId, span } from "./format.js";
 
-/** In the order in which a step goes through them. */
+/** In the order in which a step goes through them: what each is called, and what that means. */
 const PARTS = [
-  ["network", "network"],
-  ["queued", "queue"],
-  ["computed", "compute"],
-  ["codec", "codec"],
-  ["other", "other"],
+  ["network", "network", "on its way"],
+  ["queued", "queue", "waiting for the device"],
+  ["computed", "compute", "on the device"],
+  ["codec", "codec", "packing and unpacking"],
+  ["other", "other", "the rest, inside the server"],
 ];
 
 const spent = (hop) => PARTS.reduce((sum, [part]) => sum + hop[part], 0);
@@ -56,8 +56,8 @@ function summary(report) {
 }
 
 function legend() {
-  const entries = PARTS.map(([part, label]) =>
-    make("li", {}, make("span", { class: `part ${part}`, "aria-hidden": "true" }), ` ${label}`),
+  const entries = PARTS.map(([part, label, about]) =>
+    make("li", {}, make("span", { class: `part ${part}`, "aria-hidden": "true" }), ` ${label}: ${about}`),
   );
   return make("ul", { class: "legend" }, entries);
 }
@@ -144,14 +144,16 @@ function figures(title, traced) {
       ),
     ),
   );
-  const explained = traced.total
-    ? `These explain ${percent(known(traced) / traced.total)} of ${duration(traced.total)}.`
-    : "";
+  const notes = [];
+  if (traced.total) notes.push(`These explain ${percent(known(traced) / traced.total)} of ${duration(traced.total)}.`);
+  if (traced.hops.some((hop) => hop.network < 0)) {
+    notes.push("Network below 0: the servers' clocks are compared to within half a round trip.");
+  }
   return make(
     "div",
     {},
     make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": title }, table),
-    make("p", { class: "hint" }, explained),
+    make("p", { class: "hint" }, notes.join(" ")),
   );
 }
 

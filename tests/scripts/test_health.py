@@ -197,6 +197,7 @@ def test_a_swarm_without_models(run_swarm: Callable[..., Any], lonely_node: str,
     ("options", "words"),
     [
         ("--once --watch", "--once and --watch exclude each other"),
+        ("--once --stop-with-stdin", "--once ends by itself"),
         ("--json", "--json goes with --once or --watch"),
         ("--once --update-period 3", "--update-period says how often to look, but --once looks once"),
         ("--once --port 0", "--port is an option of the web monitor, which --once does not start"),
