@@ -148,6 +148,17 @@ async def test_a_probe_means_the_weights_and_not_the_name() -> None:
     assert await asked(monitor, 2) == ["ab" * 32, "ff" * 32]
 
 
+async def test_a_false_name_draws_no_traces() -> None:
+    """A stranger calls his models by the name and by the fingerprint of another, and they come first in the order."""
+    real = model_picture([record("QmA", 0, 8), record("QmB", 0, 8)], "llama", "ab" * 32)
+    twin = model_picture([record("QmC", 0, 8), record("QmD", 0, 8, state="joining")], "llama", "00" * 32)
+    false = model_picture([record(f"QmE{number}", 0, 8) for number in range(3)], "ab" * 32, "11" * 32)
+    monitor = MadeMonitor(Picture((false, twin, real), 1))
+    for name in ("llama", "ab" * 32, "ab"):
+        assert (await monitor.trace(TraceRequest(model=name))).fingerprint == "ab" * 32
+    assert (await monitor.trace(TraceRequest(model="00"))).fingerprint == "00" * 32
+
+
 async def test_many_models_are_probed_in_turn() -> None:
     total = 2 * PROBES_A_ROUND + 3
     fingerprints = [f"{number:064x}" for number in range(total)]
