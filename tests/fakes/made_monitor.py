@@ -112,19 +112,13 @@ class MadeTracer:
         self.go = asyncio.Event()
         self.go.set()
         self.asked: list[tuple[str, TraceRequest]] = []
-        self.at_once = self.most_at_once = 0
 
     async def trace(self, model: ModelPicture, request: TraceRequest) -> TraceReport:
         self.asked.append((model.model.fingerprint, request))
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        try:
-            await self.go.wait()
-            if self.error is not None:
-                raise self.error
-            return trace_report(model.model, request)
-        finally:
-            self.at_once -= 1
+        await self.go.wait()
+        if self.error is not None:
+            raise self.error
+        return trace_report(model.model, request)
 
 
 def trace_report(model: ModelInfo, request: TraceRequest) -> TraceReport:

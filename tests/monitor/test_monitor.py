@@ -1,4 +1,4 @@
-"""The monitor: one report for a picture, one trace at a time, probes of complete models, waiting for changes."""
+"""The monitor: one report for a picture, traces, probes of complete models, waiting for changes."""
 
 from __future__ import annotations
 
@@ -75,24 +75,6 @@ async def test_addresses_are_in_the_report_if_the_owner_says_so(show: bool) -> N
     report = MadeMonitor(picture, MonitorConfig(show_addresses=show)).report()
     assert report.models[0].servers[0].addresses == ((ALICE_ADDRESS,) if show else None)
     assert report.trouble is not None and (ALICE_ADDRESS in report.trouble) is show
-
-
-async def test_traces_take_turns() -> None:
-    monitor = MadeMonitor()
-    await asyncio.gather(*[monitor.trace(TraceRequest(model="llama")) for _ in range(3)])
-    assert len(monitor.tracer.asked) == 3 and monitor.tracer.most_at_once == 1
-
-
-async def test_a_cancelled_trace_makes_room() -> None:
-    monitor = MadeMonitor()
-    monitor.tracer.go.clear()
-    trace = asyncio.create_task(monitor.trace(TraceRequest(model="llama")))
-    await asked(monitor, 1)
-    trace.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await trace
-    monitor.tracer.go.set()
-    assert (await monitor.trace(TraceRequest(model="ab"))).model == "llama"
 
 
 async def test_a_model_that_nobody_serves() -> None:
