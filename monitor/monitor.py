@@ -157,6 +157,9 @@ class Monitor:
             except SwarmError as error:
                 _logger.info("a probe of %s failed: %s", model.model.name, error)
                 self.latencies.failed(_fingerprint(model))
+            except Exception:  # a bug of ours; what strangers announce may find it, and shall not end the monitor
+                _logger.exception("a probe of %s failed", model.model.name)
+                self.latencies.failed(_fingerprint(model))
 
 
 def _fingerprint(model: ModelPicture) -> str:

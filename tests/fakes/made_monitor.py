@@ -12,7 +12,6 @@ from typing import Any
 
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.errors import SwarmError
 from swarm.monitor.monitor import Monitor, MonitorConfig
 from swarm.monitor.picture import ModelPicture, Picture
 from swarm.monitor.report import ReachabilityReport, TracedHop, TracedStep, TraceReport, TraceRequest
@@ -108,7 +107,7 @@ class MadeTracer:
     """Answers at once, or with `error`, or once `go` is set; remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.error: SwarmError | None = None
+        self.error: Exception | None = None
         self.go = asyncio.Event()
         self.go.set()
         self.asked: list[tuple[str, TraceRequest]] = []

@@ -211,7 +211,7 @@ async def test_a_wrong_request_is_told_what_is_wrong(site: Site, wanted: dict[st
 
 
 async def test_a_bug_is_an_error_of_ours(site: Site) -> None:
-    site.monitor.tracer.error = KeyError("secret")  # type: ignore[assignment]
+    site.monitor.tracer.error = KeyError("secret")
     response = await site.trace()
     assert response.status_code == 500
     assert detail_of(response) == "the monitor has a bug: its log says more"

@@ -104,9 +104,10 @@ async def test_probes_begin_once_a_model_is_complete() -> None:
         assert await asked(monitor, 1) == ["ab" * 32]
 
 
-async def test_probes_that_fail_are_counted_and_go_on() -> None:
+@pytest.mark.parametrize("error", [PeerUnreachable("QmA is gone"), OverflowError("a bug that a record found")])
+async def test_probes_that_fail_are_counted_and_go_on(error: Exception) -> None:
     monitor = MadeMonitor(config=MonitorConfig(probe_period=0.001))
-    monitor.tracer.error = PeerUnreachable("QmA is gone")
+    monitor.tracer.error = error
     async with running(monitor):
         await asked(monitor, 3)
     found = monitor.latencies.models()["ab" * 32]
