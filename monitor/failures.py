@@ -103,4 +103,5 @@ def _in_words(problem: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"] if part not in ("body", "path", "query"))
     if problem["type"] == "json_invalid":
         return _NOT_JSON
-    return f"{where[:100]}: {problem['msg'].lower()}" if where else f"the request: {problem['msg'].lower()}"
+    what = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{where[:100] or 'the request'}: {what}"

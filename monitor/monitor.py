@@ -39,7 +39,7 @@ class PictureSource(Protocol):
 
 
 class Tracer(Protocol):
-    """What makes test requests. Each is bounded in time. Raises SwarmError."""
+    """What makes test requests: one at a time, others wait. Each is bounded in time. Raises SwarmError."""
 
     async def trace(self, model: ModelPicture, request: TraceRequest) -> TraceReport: ...
 
@@ -76,7 +76,6 @@ class Monitor:
         self._check_reachable = check_reachable
         self._reported: tuple[Picture, SwarmReport] | None = None
         self._reporting = threading.Lock()
-        self._tracing = asyncio.Lock()
         self._closed = asyncio.Event()
         self._next_probe = ""
 
@@ -119,15 +118,14 @@ class Monitor:
             end.cancel()
 
     async def trace(self, request: TraceRequest) -> TraceReport:
-        """Make a test request. One at a time: others wait. Raises SwarmError, UsageError for a bad request."""
+        """Make a test request. Raises SwarmError, UsageError for a bad request."""
         model = self.picture.model(request.model)
         if model is None:
             raise ModelNotServed(f"no server of this swarm serves {request.model}: choose one of /api/v1/models")
         return await self._trace(model, request)
 
     async def _trace(self, model: ModelPicture, request: TraceRequest) -> TraceReport:
-        async with self._tracing:
-            report = await self._tracer.trace(model, request)
+        report = await self._tracer.trace(model, request)
         correction = self._calibration.factors().get(report.fingerprint, 1.0)
         if request.peers is None:  # what a client would meet; a chosen chain may be slow on purpose
             self.latencies.observe(report)
@@ -168,6 +166,9 @@ class Monitor:
                 await self._trace(model, request)
             except SwarmError as error:
                 _logger.info("a probe of %s failed: %s", model.model.name, error)
+                self.latencies.failed(_fingerprint(model))
+            except Exception:  # a bug of ours; what strangers announce may find it, and shall not end the monitor
+                _logger.exception("a probe of %s failed", model.model.name)
                 self.latencies.failed(_fingerprint(model))
 
 

@@ -90,5 +90,10 @@ class Picture:
     addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def model(self, name: str) -> ModelPicture | None:
-        """The first model that is called so, see `ModelPicture.is_called`."""
-        return next((one for one in self.models if one.is_called(name)), None)
+        """The model that is called so, see `ModelPicture.is_called`.
+
+        Strangers may call theirs as they like: a whole fingerprint is what it says it is, and of several models of a
+        name the one counts that most servers serve.
+        """
+        called = [one for one in self.models if one.is_called(name)]
+        return max(called, key=lambda one: (one.model.fingerprint == name, len(one.serving)), default=None)

@@ -13,6 +13,7 @@ Whoever may ask could have this machine dial others, to scan them. Therefore:
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from hivemind.dht.protocol import DHTProtocol
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto import dht_pb2
 
-from swarm.addresses import EXAMPLE_PEER, binary_maddr, hide_addresses, ip_of, is_peer_id, peer_id_of
+from swarm.addresses import EXAMPLE_PEER, binary_maddr, ip_of, is_peer_id, peer_id_of
 from swarm.control import SturdyControl
 from swarm.data_structures import ServerInfo
 from swarm.dial_back import DIAL_TIMEOUT, MAX_DIALLED, resolved
@@ -34,6 +35,7 @@ from swarm.reachability import distance
 from swarm.rpc import ping
 from swarm.whereabouts import addresses_of, connected_addresses
 
+from .hiding import hide_addresses
 from .picture import Picture
 from .report import ReachabilityReport, ReachabilityStep, Way
 
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _FIND_TIMEOUT = 5.0  # seconds
 _ANSWER_TIMEOUT = 5.0
+_TIME_LIMIT = 45.0  # for one check: relays, and the names of their addresses, add up
 _LINE_TIMEOUT = 30.0  # for checks that others asked for before
 _MAX_RELAYS = 2  # of one peer that are tried
 _MAX_REASON = 400  # letters; some of the words come from strangers
@@ -73,7 +76,7 @@ class Reachability:
         self._one = asyncio.Lock()
 
     async def check(self, picture: Picture, peer_id: str) -> ReachabilityReport:
-        """Takes up to half a minute; every step of it is bounded.
+        """Takes `_TIME_LIMIT` seconds at most, once those before it in the line are done.
 
         Raises UsageError for what is no id of another peer, SwarmError if others took all of the time or this machine
         cannot dial (NetworkError).
@@ -95,11 +98,13 @@ class Reachability:
         except TimeoutError:
             raise SwarmError("other peers are being checked: try again in a few seconds") from None
         try:
-            async with fresh_peer(self._node.swarm_key) as dialler:
+            async with asyncio.timeout(_TIME_LIMIT), fresh_peer(self._node.swarm_key) as dialler:
                 way = await self._meet(dialler, picture, peer_id, info)
                 round_trip = await _answer_time(dialler, peer_id, is_server=info is not None)
         except _Failed as failure:
             return self._failure(peer_id, failure)
+        except TimeoutError:
+            return self._failure(peer_id, _Failed("dial", f"no way to it was found within {_TIME_LIMIT:g} s"))
         finally:
             self._one.release()
         return ReachabilityReport(
@@ -160,7 +165,8 @@ class Reachability:
         known += [address for address in picture.addresses.get(peer_id, ()) if address not in known]
         if not known:
             known = await self._find_by_connecting(peer)
-        targets = dict.fromkeys([target for address in known[: 2 * MAX_DIALLED] for target in await resolved(address)])
+        found = await asyncio.gather(*map(resolved, known[: 2 * MAX_DIALLED]))  # names of theirs may take long each
+        targets = dict.fromkeys(itertools.chain.from_iterable(found))
         allowed = _allowed(targets, await connected_addresses(p2p))
         if not allowed:
             raise _Failed("find", f"it cannot be dialled from here at any of its addresses: {', '.join(known)}")

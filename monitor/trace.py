@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from swarm.addresses import hide_addresses
 from swarm.data_structures import BlockSpan, ServerState
 from swarm.errors import PeerTimeout, SwarmError
 from swarm.node import Node
@@ -37,12 +36,11 @@ TIME_LIMIT = 30.0
 class Tracer:
     """Runs one trace at a time, others wait for it. For the loop of its node.
 
-    time_limit: seconds after which a trace is given up. show_addresses: also in errors.
+    time_limit: seconds after which a trace is given up. Its errors may tell addresses.
     """
 
-    def __init__(self, node: Node, *, show_addresses: bool = False, time_limit: float = TIME_LIMIT):
+    def __init__(self, node: Node, *, time_limit: float = TIME_LIMIT):
         self._node = node
-        self._show_addresses = show_addresses
         self._time_limit = time_limit
         self._one = asyncio.Lock()
 
@@ -63,10 +61,6 @@ class Tracer:
             raise SwarmError("other traces are running: try again in a few seconds") from None
         try:
             measured = await self._measure(model, chain, request)
-        except SwarmError as error:
-            if not self._show_addresses:
-                error.args = (hide_addresses(str(error)), *error.args[1:])
-            raise
         finally:
             self._one.release()
         return describe(model, chain, request, replace(measured, connect_time=search_time + measured.connect_time))

@@ -40,8 +40,7 @@ class WebSettings:
         """What `hosts` should be if the monitor listens on `host`; any, if that stands for all addresses."""
         host = host.strip("[]").lower()
         try:
-            if ip_address(host).is_unspecified:
-                return None
-        except ValueError:
-            pass  # a name
-        return LOCAL_HOSTS | {host}
+            ip = ip_address(host)
+        except ValueError:  # a name
+            return LOCAL_HOSTS | {host}
+        return None if ip.is_unspecified else LOCAL_HOSTS | {host, str(ip)}  # browsers shorten IPv6

@@ -15,5 +15,11 @@ Booleans: TypeAlias = NDArray[np.bool_]
 FAR = 2**60
 
 
+#: Nine hours, longer than anything worth waiting for. Strangers announce rows and seconds whose product does not fit
+#: into 64 bits, or whose sums would wrap round: with this, those of a chain stay below `FAR`.
+LONGEST = 2**45
+
+
 def nanoseconds(seconds: float) -> int:
-    return FAR if seconds == math.inf else round(seconds * 1e9)
+    """`FAR` for what is infinite, at most `LONGEST` for all else."""
+    return FAR if seconds == math.inf else min(round(seconds * 1e9), LONGEST)

@@ -114,7 +114,7 @@ class WebMonitor:
             reachability = Reachability(node, show_addresses=self._show_addresses)
             self._monitor = Monitor(
                 watcher,
-                Tracer(node, show_addresses=self._show_addresses),
+                Tracer(node),
                 lambda peer_id: reachability.check(watcher.picture, peer_id),
                 MonitorConfig(self._wanted, self._show_addresses, self._probe_period),
             )

@@ -26,14 +26,6 @@ _RESERVED = tuple(
 )
 
 _P2P = b"\xa5\x03"  # the code of /p2p in a binary multiaddress
-#: Multiaddresses, ip addresses with or without port, and names that were looked up, in what libp2p says.
-_IN_TEXT = re.compile(
-    r"/(?:ip4|ip6|ip6zone|dns|dns4|dns6|dnsaddr)/[^\s\]\[(){},;\"']+"
-    r"|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"
-    r"|\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]*(?:%\w+)?\](?::\d+)?"
-    r"|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])"
-    r"|(?<=\blookup )[^\s:]+"
-)
 _DNS_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
@@ -114,11 +106,6 @@ def binary_maddr(text: str) -> Multiaddr:
         if slash:
             data += Multiaddr(f"/{more}").to_bytes()
     return Multiaddr(data)
-
-
-def hide_addresses(text: str) -> str:
-    """The same words without the network addresses in them: for those who shall not learn where peers live."""
-    return _IN_TEXT.sub("(address hidden)", text)
 
 
 def is_second_choice(address: str) -> tuple[bool, bool, bool]:

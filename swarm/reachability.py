@@ -143,8 +143,15 @@ def judge(answers: Sequence[DialBackAnswer], announced: bool) -> bool | None:
 
 
 def distance(ip: IPv4Address | IPv6Address | str | None) -> int:
-    """How far an address is. 0: on this machine. 1: in the same private network. 2: anywhere, also under a name."""
+    """How far an address is. 0: on this machine. 1: in the same private network. 2: anywhere, also under a name.
+
+    Networks of providers and overlays (100.64.0.0/10) are private, groups of machines (multicast) as well.
+    """
     if ip is None:
         return 2
     address = ip_address(str(ip))
-    return 0 if address.is_loopback else 1 if address.is_private else 2
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_loopback or address.is_unspecified:  # who dials 0.0.0.0 meets himself
+        return 0
+    return 2 if address.is_global and not address.is_multicast else 1

@@ -15,7 +15,7 @@ from typing import Any
 from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
-from .addresses import binary_maddr
+from .addresses import binary_maddr, is_peer_id
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ class WayfindingP2P(P2P):
         self._open_until: dict[str, float] = {}
 
     def learn_relays(self, peer_id: str, relays: Sequence[str]) -> None:
-        """From now on this peer is reached through these relays, the first that works; none: directly."""
+        """From now on this peer is reached through these relays, the first that works; none: directly. What a stranger
+        calls a relay and is no id of a peer does not count."""
+        relays = tuple(filter(is_peer_id, relays))
         if not relays or str(self.peer_id) in relays:  # to those that we relay to we have the straightest way
             self._relays.pop(peer_id, None)
             self._open_until.pop(peer_id, None)
         elif peer_id in self._relays or len(self._relays) < _MAX_PEERS:
-            self._relays[peer_id] = tuple(relays)
+            self._relays[peer_id] = relays
 
     async def open_direct_stream(self, peer: PeerID, kind: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A stream over whatever connection there is, or that libp2p finds by itself."""

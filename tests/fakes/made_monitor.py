@@ -12,7 +12,6 @@ from typing import Any
 
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import ServerRecord
-from swarm.errors import SwarmError
 from swarm.monitor.monitor import Monitor, MonitorConfig
 from swarm.monitor.picture import ModelPicture, Picture
 from swarm.monitor.report import ReachabilityReport, TracedHop, TracedStep, TraceReport, TraceRequest
@@ -108,23 +107,17 @@ class MadeTracer:
     """Answers at once, or with `error`, or once `go` is set; remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.error: SwarmError | None = None
+        self.error: Exception | None = None
         self.go = asyncio.Event()
         self.go.set()
         self.asked: list[tuple[str, TraceRequest]] = []
-        self.at_once = self.most_at_once = 0
 
     async def trace(self, model: ModelPicture, request: TraceRequest) -> TraceReport:
         self.asked.append((model.model.fingerprint, request))
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        try:
-            await self.go.wait()
-            if self.error is not None:
-                raise self.error
-            return trace_report(model.model, request)
-        finally:
-            self.at_once -= 1
+        await self.go.wait()
+        if self.error is not None:
+            raise self.error
+        return trace_report(model.model, request)
 
 
 def trace_report(model: ModelInfo, request: TraceRequest) -> TraceReport:

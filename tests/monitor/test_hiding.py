@@ -21,6 +21,15 @@ from swarm.monitor.hiding import HIDDEN, hide_addresses
         ("2001:db8:1:2:3:4:5:6 is far", f"{HIDDEN} is far"),
         ("it is 203.0.113.7.", f"it is {HIDDEN}."),
         ("lookup boot.example: no such host", f"lookup {HIDDEN}: no such host"),
+        (
+            "lookup home.example.org on 10.0.0.53:53: no such host",
+            f"lookup {HIDDEN} on {HIDDEN}: no such host",
+        ),
+        (
+            "* [/ip4/10.0.0.1/tcp/1] dial tcp4 0.0.0.0:7->10.0.0.1:1: connect: connection refused",
+            f"* [{HIDDEN}] dial tcp4 {HIDDEN}->{HIDDEN}: connect: connection refused",
+        ),
+        ("dial tcp6 [2001:db8::10]:31330: i/o timeout, or ::10", f"dial tcp6 {HIDDEN}: i/o timeout, or {HIDDEN}"),
     ],
 )
 def test_addresses_are_hidden(text: str, left: str) -> None:
@@ -34,6 +43,7 @@ def test_addresses_are_hidden(text: str, left: str) -> None:
         "version 0.2.1 of petswarm 1.2.3",
         "protocol version 4 does not mix with ours (5): see /api/v1/models",
         "std::error",
+        "blocks 10:14, 20:22 did not answer within 1.5 s (version 5.23.0); see docs/joining.md",
     ],
 )
 def test_other_sentences_stay(text: str) -> None:

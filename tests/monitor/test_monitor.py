@@ -1,4 +1,4 @@
-"""The monitor: one report for a picture, one trace at a time, probes of complete models, waiting for changes."""
+"""The monitor: one report for a picture, traces, probes of complete models, waiting for changes."""
 
 from __future__ import annotations
 
@@ -77,24 +77,6 @@ async def test_addresses_are_in_the_report_if_the_owner_says_so(show: bool) -> N
     assert report.trouble is not None and (ALICE_ADDRESS in report.trouble) is show
 
 
-async def test_traces_take_turns() -> None:
-    monitor = MadeMonitor()
-    await asyncio.gather(*[monitor.trace(TraceRequest(model="llama")) for _ in range(3)])
-    assert len(monitor.tracer.asked) == 3 and monitor.tracer.most_at_once == 1
-
-
-async def test_a_cancelled_trace_makes_room() -> None:
-    monitor = MadeMonitor()
-    monitor.tracer.go.clear()
-    trace = asyncio.create_task(monitor.trace(TraceRequest(model="llama")))
-    await asked(monitor, 1)
-    trace.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await trace
-    monitor.tracer.go.set()
-    assert (await monitor.trace(TraceRequest(model="ab"))).model == "llama"
-
-
 async def test_a_model_that_nobody_serves() -> None:
     with pytest.raises(ModelNotServed):
         await MadeMonitor().trace(TraceRequest(model="gpt"))
@@ -122,9 +104,10 @@ async def test_probes_begin_once_a_model_is_complete() -> None:
         assert await asked(monitor, 1) == ["ab" * 32]
 
 
-async def test_probes_that_fail_are_counted_and_go_on() -> None:
+@pytest.mark.parametrize("error", [PeerUnreachable("QmA is gone"), OverflowError("a bug that a record found")])
+async def test_probes_that_fail_are_counted_and_go_on(error: Exception) -> None:
     monitor = MadeMonitor(config=MonitorConfig(probe_period=0.001))
-    monitor.tracer.error = PeerUnreachable("QmA is gone")
+    monitor.tracer.error = error
     async with running(monitor):
         await asked(monitor, 3)
     found = monitor.latencies.models()["ab" * 32]
@@ -146,6 +129,17 @@ async def test_a_probe_means_the_weights_and_not_the_name() -> None:
     monitor = MadeMonitor(Picture((false, real), 1))
     await monitor.probe()
     assert await asked(monitor, 2) == ["ab" * 32, "ff" * 32]
+
+
+async def test_a_false_name_draws_no_traces() -> None:
+    """A stranger calls his models by the name and by the fingerprint of another, and they come first in the order."""
+    real = model_picture([record("QmA", 0, 8), record("QmB", 0, 8)], "llama", "ab" * 32)
+    twin = model_picture([record("QmC", 0, 8), record("QmD", 0, 8, state="joining")], "llama", "00" * 32)
+    false = model_picture([record(f"QmE{number}", 0, 8) for number in range(3)], "ab" * 32, "11" * 32)
+    monitor = MadeMonitor(Picture((false, twin, real), 1))
+    for name in ("llama", "ab" * 32, "ab"):
+        assert (await monitor.trace(TraceRequest(model=name))).fingerprint == "ab" * 32
+    assert (await monitor.trace(TraceRequest(model="00"))).fingerprint == "00" * 32
 
 
 async def test_many_models_are_probed_in_turn() -> None:

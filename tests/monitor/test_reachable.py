@@ -250,6 +250,24 @@ def test_addresses_as_near_as_others_are_allowed() -> None:
     assert _allowed([here, house, world], [here, house]) == [here, house, world]
 
 
+async def test_a_check_comes_to_an_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relays, addresses and their names are a stranger's choice: each of them may take as long as it is let."""
+    first = await world.node()
+    monitor = await world.node(await first.ready_address(), listen=False)
+
+    async def endless(*_: Any) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    checks = Reachability(monitor)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reachability, "_meet", endless)
+        patch.setattr(reachable, "_TIME_LIMIT", 1.0)
+        report = await checks.check(Picture(), first.peer_id)
+    check_failure(report, "dial", "no way to it was found within 1 s; check that it runs")
+    check_success(await checks.check(Picture(), first.peer_id), "direct")
+
+
 async def test_one_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     first = await world.node()
     monitor = await world.node(await first.ready_address(), listen=False)

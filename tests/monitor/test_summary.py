@@ -49,6 +49,38 @@ def test_json_says_the_same(rng: random.Random) -> None:
     assert SwarmReport.model_validate_json(report.model_dump_json()) == report
 
 
+@settings(max_examples=100)
+@given(st.randoms(use_true_random=False))
+def test_the_most_and_least_that_strangers_may_announce(rng: random.Random) -> None:
+    names = "ABCD"
+    records = []
+    for name in names:
+        start = rng.randrange(8)
+        rows, seconds = rng.choice([0, 1, 2**31]), rng.choice([5e-324, 0.1, 3600.0])
+        more = {
+            "decode_times": (seconds,) * rng.randrange(4),
+            "running_rows": rows,
+            "waiting_rows": rows,
+            "busy_rows": rng.choice([None, 0.0, 5e-324, 2.0**31]),
+            "session_rows": rng.choice([0, 2**31]),
+            "cache_tokens": rng.choice([None, 0, 2**40]),
+            "forward_rate": rng.choice([None, 0.0, 1e15]),
+            "next_pings": {other: rng.choice([0.0, 5e-324, 3600.0]) for other in names},
+            "started_at": rng.choice([None, 0, 2**40 - 1]),
+        }
+        throughput, tokens, numerics = (
+            rng.choice([0.0, 1e9]),
+            rng.choice([0, 128, 2**40]),
+            rng.choice(["/", "////", "x"]),
+        )
+        end = rng.randint(start + 1, 8)
+        kept = {"throughput": throughput, "cache_tokens_left": tokens, "numerics": numerics}
+        records.append(make_record(name, start, end, **kept, **more))
+    pings = {name: rng.choice([0.0, 5e-324, 1e9, math.inf]) for name in names}
+    report = summarize(Picture((make_picture(8, records, pings),)))
+    assert SwarmReport.model_validate_json(report.model_dump_json()) == report
+
+
 def test_all_that_a_server_says() -> None:
     record = make_record(
         "Peer",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -217,11 +216,8 @@ async def test_a_killed_server_is_named_and_nobody_takes_its_place(
         before_step(patch, 3, victim.kill)
         with pytest.raises(PeerError, match=f"server {victim.peer_id}"):
             await Tracer(node).trace(model, request(first, victim))
-    with pytest.raises(PeerError, match=f"server {victim.peer_id} cannot be reached") as caught:
+    with pytest.raises(PeerError, match=f"server {victim.peer_id} cannot be reached"):
         await Tracer(node).trace(model, request(first, victim))
-    assert "127.0.0.1" not in str(caught.value)
-    with pytest.raises(PeerError, match=re.escape("/ip4/127.0.0.1/tcp/")):
-        await Tracer(node, show_addresses=True).trace(model, request(first, victim))
     await until_no_sessions(node, first, other)
     report = await Tracer(node).trace((await Watcher(node).look()).models[0], request())
     assert [hop.peer_id for hop in report.token.hops] == [first.peer_id, other.peer_id]

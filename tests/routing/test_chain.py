@@ -360,3 +360,18 @@ def test_chain_time_adds_up():
     compute, network = 1 / 10 + 1 / 20, 0.02 + 0.01 + edge_time(snapshot, "B", None)
     assert math.isclose(chain_time(snapshot, chain), compute + network, abs_tol=0.01)
     assert chain_time(snapshot, chain) > compute + network  # each hop costs something beside
+
+
+@pytest.mark.parametrize("decode_times", [(3600.0,), (3600.0, 3600.0, 3600.0), (1e-9, 1e-9, 3600.0), ()])
+@pytest.mark.parametrize("rows", [2**21, 8_330_000, 2**26, 2**31])
+def test_the_most_that_strangers_may_announce_is_slow_and_no_error(decode_times, rows):
+    """Nanoseconds that do not fit into 64 bits, or that do, but whose sums do not."""
+    load = {"decode_times": decode_times, "running_rows": rows, "waiting_rows": rows, "throughput": 0.0}
+    absurd = [record(f"A{start}", start, start + 32, **load) for start in (0, 32)]
+    honest = [record(f"H{start}", start, start + 16, throughput=0.1) for start in range(0, 64, 16)]
+    for records in (absurd + honest, honest + absurd):
+        chain = find_chain(picture(64, records), span(0, 64), cache_tokens=100)
+        assert [link.peer_id for link in chain] == ["H0", "H16", "H32", "H48"]
+    for cache_tokens in (100, 900):
+        chain = find_chain(picture(64, absurd), span(0, 64), cache_tokens=cache_tokens)
+        assert route(chain) == [("A0", "0:32"), ("A32", "32:64")]

@@ -18,7 +18,7 @@ from swarm.addresses import without_peer_id
 from swarm.dial_back import MAX_QUESTION_BYTES, DialBack, DialBackAnswer, ReachabilityProtocol
 from swarm.errors import JoinFailed
 from swarm.node import Node, NodeConfig
-from swarm.reachability import judge
+from swarm.reachability import distance, judge
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 PUBLIC, PRIVATE, HERE = "8.8.8.8", "192.168.1.7", "127.0.0.1"
@@ -233,3 +233,17 @@ async def test_a_verdict_may_change(stack: AsyncExitStack, monkeypatch: pytest.M
                 await asyncio.sleep(0.05)
         assert server.relayed == bool(relays)
     assert await server.ready_address() == direct
+
+
+@pytest.mark.parametrize(
+    ("ips", "far"),
+    [
+        (("127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0"), 0),
+        (("10.1.2.3", "192.168.1.7", "169.254.169.254", "100.64.0.1", "fc00::1", "fe80::1", "::ffff:10.1.2.3"), 1),
+        (("224.0.0.1", "ff02::1", "255.255.255.255"), 1),
+        (("8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8", None), 2),
+    ],
+)
+def test_how_far_an_address_is(ips: tuple[str | None, ...], far: int) -> None:
+    """A stranger who writes one in an unusual form shall not make it look farther."""
+    assert {ip: distance(ip) for ip in ips} == dict.fromkeys(ips, far)

@@ -16,9 +16,10 @@ from hivemind.p2p import P2PDaemonError, PeerID
 from swarm import relay_service, reservations
 from swarm.addresses import peer_id_of, without_peer_id
 from swarm.circuit import HOP_STREAM, CircuitMessage, Hop, Status, receive_hop, send_hop
-from swarm.errors import JoinFailed
+from swarm.errors import JoinFailed, PeerUnreachable
 from swarm.membership import SwarmKey
 from swarm.node import Node, NodeConfig
+from swarm.rpc import open_stream
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -100,6 +101,19 @@ async def test_megabytes_through_a_relay(world: World) -> None:
         await client.p2p.call_binary_stream_handler(PeerID.from_base58(hidden.peer_id), "echo")
     client.p2p.learn_relays(hidden.peer_id, hidden.relays)
     assert await echoes(client, hidden.peer_id, os.urandom(3_000_000))
+
+
+async def test_relays_that_are_no_peers_are_passed_over(world: World) -> None:
+    """Strangers announce them; whoever asked such a server met a ValueError of a library."""
+    relay = await world.node()
+    hidden = await world.hidden(await relay.ready_address())
+    client = await world.node(await relay.ready_address(), listen=False)
+    client.p2p.learn_relays(hidden.peer_id, ("0", "nobody", *hidden.relays))
+    assert await echoes(client, hidden.peer_id, b"hello")
+    stranger = "QmXnnyufdzAWL5CqZ2RnSNgPbvCc1ALT73s6epPrRnZ1Xy"
+    client.p2p.learn_relays(stranger, ("0",))
+    with pytest.raises(PeerUnreachable):
+        await open_stream(client.p2p, stranger, 20.0)
 
 
 async def test_the_relayed_address_serves_to_join(world: World) -> None:
