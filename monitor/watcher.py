@@ -29,8 +29,8 @@ MAX_MODELS = 256
 MAX_SERVERS = 8192
 #: Records of so many models are read at a time.
 _READS_AT_ONCE = 16
-#: Reading takes at most this part of the time. It is seconds of work where there are a thousand servers, whose records
-#: change every 20 s only.
+#: Reading takes at most this part of our time. It is seconds of work where there are a thousand servers, whose records
+#: change every 20 s only. Waiting for peers that do not answer is no work.
 _READING_SHARE = 0.1
 #: Seconds that `look` waits for the answers of all servers, and that the first picture of `run` waits.
 _LOOK_TIME, _FIRST_LOOK_TIME = 6.0, 2.0
@@ -126,7 +126,7 @@ class Watcher:
 
     async def _keep_reading(self) -> None:
         while True:
-            began = time.monotonic()
+            began = time.process_time()
             try:
                 await self._read()
             except NetworkError as error:
@@ -137,8 +137,8 @@ class Watcher:
                 self._trouble = None
             self._tried_to_read.set()
             self._note()
-            took = time.monotonic() - began
-            await asyncio.sleep(max(self._settings.update_period, took / _READING_SHARE - took))
+            work = time.process_time() - began
+            await asyncio.sleep(max(self._settings.update_period, work / _READING_SHARE - work))
 
     async def _keep_publishing(self) -> None:
         await self._tried_to_read.wait()

@@ -252,6 +252,29 @@ def test_when_records_cannot_be_read_the_old_ones_stay_until_they_expire(caplog:
     assert len(warnings) == 3  # once each time, not at each attempt
 
 
+def test_after_waiting_for_peers_that_do_not_answer_it_reads_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher_module, "_READING_SHARE", 0.5 / (2 * PATIENCE))
+
+    class Slow(FakeSight):
+        readings = 0
+
+        async def models(self) -> Mapping[str, ModelInfo]:
+            self.readings += 1
+            if self.readings == 1:
+                await asyncio.sleep(0.5)
+                raise NetworkError("no answer within 20 s")
+            return await super().models()
+
+    async def test() -> None:
+        sight = Slow()
+        sight.add("QmA", info())
+        watcher = watch(sight)
+        async with running(watcher):
+            await until(watcher, lambda picture: picture.models)
+
+    run(test())
+
+
 @pytest.mark.parametrize("update_period", [0.5, 3600.0])
 def test_figures_alone_make_a_new_picture_when_the_period_ends(update_period: float) -> None:
     async def test() -> None:
