@@ -68,10 +68,6 @@ class ModelPicture:
     def complete(self) -> bool:
         return not self.missing_blocks
 
-    def is_called(self, name: str) -> bool:
-        """Whether `name` is the model's name or the start of its fingerprint."""
-        return name == self.model.name or bool(name and self.model.fingerprint.startswith(name))
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -90,5 +86,7 @@ class Picture:
     addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def model(self, name: str) -> ModelPicture | None:
-        """The first model that is called so, see `ModelPicture.is_called`."""
-        return next((one for one in self.models if one.is_called(name)), None)
+        """The first model of this name; without one, the first whose fingerprint starts so."""
+        named = (one for one in self.models if one.model.name == name)
+        printed = (one for one in self.models if name and one.model.fingerprint.startswith(name))
+        return next(named, None) or next(printed, None)
