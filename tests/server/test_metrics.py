@@ -8,6 +8,7 @@ import secrets
 import socket
 import urllib.error
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import prometheus_client
@@ -121,6 +122,13 @@ def test_what_it_is_at_this_moment() -> None:
         "numerics": "float32/cpu",
         "device": "cpu",
     }
+
+
+@pytest.mark.parametrize(("state", "tokens"), [("joining", 0), ("online", 4096), ("draining", 4096), ("paused", 0)])
+def test_a_server_without_blocks_has_no_cache(state: str, tokens: int) -> None:
+    values = metrics_in(text_of(Tally(), replace(FIGURES, state=state)))
+    assert (values["cache_tokens"], values["cache_left_tokens"]) == (tokens, tokens / 4)
+    assert ("first_block" in values, "last_block" in values) == (state != "paused",) * 2
 
 
 def test_no_peer_is_named_and_the_number_of_series_does_not_grow() -> None:
