@@ -142,8 +142,9 @@ class Asker:
         try:
             if self._out:
                 await asyncio.wait(list(self._out.values()), timeout=timeout)
-            for peer_id in self._out:
-                self._failed(peer_id)
+            for peer_id, task in self._out.items():
+                if not task.done():  # one that has just ended may have answered
+                    self._failed(peer_id)
         finally:
             await end_tasks(self._out.values())
 
@@ -155,11 +156,11 @@ class Asker:
         """Ask who is due as far as the lanes allow. Returns when the next one is due, on the clock."""
         now = self._clock()
         due = [
-            (turn.failures, turn.due, peer_id)
+            (turn.failures, peer_id not in self._infos, turn.due, peer_id)  # strangers after those who once answered
             for peer_id, turn in self._turns.items()
             if turn.due <= now and peer_id not in self._out
         ]
-        for failures, _, peer_id in sorted(due):
+        for failures, _, _, peer_id in sorted(due):
             lane = self._silent if failures else self._answering
             if lane.is_free:
                 self._send(peer_id, lane)

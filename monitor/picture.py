@@ -68,10 +68,6 @@ class ModelPicture:
     def complete(self) -> bool:
         return not self.missing_blocks
 
-    def is_called(self, name: str) -> bool:
-        """Whether `name` is the model's name or the start of its fingerprint."""
-        return name == self.model.name or bool(name and self.model.fingerprint.startswith(name))
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -90,10 +86,16 @@ class Picture:
     addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def model(self, name: str) -> ModelPicture | None:
-        """The model that is called so, see `ModelPicture.is_called`.
+        """The model of this fingerprint; else of this name; else one whose fingerprint starts so.
 
-        Strangers may call theirs as they like: a whole fingerprint is what it says it is, and of several models of a
-        name the one counts that most servers serve.
+        Strangers may call theirs as they like, and make weights with a fingerprint that starts as they like: of several,
+        the one counts that most servers serve.
         """
-        called = [one for one in self.models if one.is_called(name)]
-        return max(called, key=lambda one: (one.model.fingerprint == name, len(one.serving)), default=None)
+
+        def fits(one: ModelPicture) -> tuple[bool, bool, bool, int]:
+            fingerprint = one.model.fingerprint
+            printed = bool(name) and fingerprint.startswith(name)
+            return fingerprint == name, one.model.name == name, printed, len(one.serving)
+
+        best = max(self.models, key=fits, default=None)
+        return best if best is not None and any(fits(best)[:3]) else None

@@ -29,8 +29,8 @@ MAX_MODELS = 256
 MAX_SERVERS = 8192
 #: Records of so many models are read at a time.
 _READS_AT_ONCE = 16
-#: Reading takes at most this part of the time. It is seconds of work where there are a thousand servers, whose records
-#: change every 20 s only.
+#: Reading takes at most this part of our time. It is seconds of work where there are a thousand servers, whose records
+#: change every 20 s only. Waiting for peers that do not answer is no work.
 _READING_SHARE = 0.1
 #: Seconds that `look` takes at most, if the records are read in time, and that it gives servers to answer in any case:
 #: a peer that hangs holds up the reading of records, too.
@@ -131,7 +131,7 @@ class Watcher:
 
     async def _keep_reading(self) -> None:
         while True:
-            began = time.monotonic()
+            began = time.process_time()
             try:
                 await self._read()
             except NetworkError as error:
@@ -142,8 +142,8 @@ class Watcher:
                 self._trouble = None
             self._tried_to_read.set()
             self._note()
-            took = time.monotonic() - began
-            await asyncio.sleep(max(self._settings.update_period, took / _READING_SHARE - took))
+            work = time.process_time() - began
+            await asyncio.sleep(max(self._settings.update_period, work / _READING_SHARE - work))
 
     async def _keep_publishing(self) -> None:
         await self._tried_to_read.wait()

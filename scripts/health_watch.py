@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from swarm.node import NodeConfig
 
 #: Takes a report and shows it.
-Show = Callable[["SwarmReport"], None]
+Show = Callable[["SwarmReport"], Awaitable[None]]
 
 #: Seconds after which somebody who waits looks again whether anything changed; it only bounds the wait.
 _WAIT = 60.0
@@ -45,7 +46,7 @@ async def watch(
                 while True:
                     if await watcher.changed(revision, _WAIT) > revision:
                         revision = watcher.picture.revision
-                        show(summarize(watcher.picture, wanted))
+                        await show(summarize(watcher.picture, wanted))
 
         await end_with_daemon(node, show_changes(), watcher.run())
 
@@ -62,7 +63,7 @@ def on_terminal() -> Iterator[Show]:
     with Live(console=table_console(), screen=True, auto_refresh=False, vertical_overflow="ellipsis") as live:
         live.update(Text("looking at the swarm ..."), refresh=True)
 
-        def show(report: SwarmReport) -> None:
+        async def show(report: SwarmReport) -> None:
             notes = [Text(problem, "bold red") for problem in report.problems]
             if report.trouble is not None:
                 notes.insert(0, Text(report.trouble, "yellow"))
@@ -73,10 +74,10 @@ def on_terminal() -> Iterator[Show]:
 
 @contextmanager
 def as_lines() -> Iterator[Show]:
-    """As JSON on stdout, a line each."""
+    """As JSON on stdout, a line each. Somebody who reads slowly gets fewer of them, and holds up nothing else."""
 
-    def show(report: SwarmReport) -> None:
-        print(report.model_dump_json(), flush=True)
+    async def show(report: SwarmReport) -> None:
+        await asyncio.to_thread(print, report.model_dump_json(), flush=True)
 
     try:
         yield show

@@ -105,21 +105,26 @@ def _what_it_is(figures: ServerFigures) -> Metric:
 
 
 def _gauges(figures: ServerFigures) -> Iterator[Metric]:
-    info = figures.info
+    info, holds_blocks = figures.info, figures.state in ("online", "draining")
     values = [
         ("throughput_tokens_per_second", "Tokens/s of one row through the whole span, measured.", info.throughput),
         ("running_rows", "Rows that the device works on.", info.running_rows),
         ("waiting_rows", "Rows whose next tokens wait for the device.", info.waiting_rows),
         ("sessions", "Sessions that are open.", figures.num_sessions),
         ("session_rows", "Rows of all open sessions, at work or not.", info.session_rows),
-        ("cache_left_tokens", "Tokens that new sessions may still reserve.", info.cache_tokens_left),
+        (
+            "cache_left_tokens",
+            "Tokens that new sessions may still reserve.",
+            info.cache_tokens_left if holds_blocks else 0,
+        ),
         ("cache_used_tokens", "Tokens of cache in pages that are taken.", figures.cache_tokens_used),
         ("adapters", "Adapters that can be asked for.", figures.num_adapters),
         ("adapter_bytes", "Bytes of the adapters in memory.", figures.adapter_bytes),
         ("relayed", "1 if others reach this server through relays only.", int(info.relayed)),
     ]
     if info.cache_tokens is not None:
-        values.append(("cache_tokens", "Tokens that sessions may reserve in all.", info.cache_tokens))
+        capacity = info.cache_tokens if holds_blocks else 0
+        values.append(("cache_tokens", "Tokens that sessions may reserve in all.", capacity))
     if figures.state != "paused":
         values.append(("first_block", "First block of the span.", info.span.start))
         values.append(("last_block", "Last block of the span.", info.span.end - 1))

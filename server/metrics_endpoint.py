@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for somebody who connected to ask, and to take each part of the answer.
 _PATIENCE = 10.0
+#: Connections at the same time, since each takes a thread; more are turned away.
+_MAX_CONNECTIONS = 32
 #: Seconds for the server's event loop to say how the server is; then it is told to be stuck.
 _FIGURES_TIMEOUT = 5.0
 
@@ -45,7 +47,13 @@ class MetricsEndpoint:
             return figures()
 
         def figures_in_time() -> ServerFigures | None:
-            return asyncio.run_coroutine_threadsafe(ask(), loop).result(_FIGURES_TIMEOUT)
+            question = ask()
+            try:
+                answer = asyncio.run_coroutine_threadsafe(question, loop)
+            except RuntimeError:  # the loop has ended
+                question.close()
+                raise TimeoutError from None
+            return answer.result(_FIGURES_TIMEOUT)
 
         registry = CollectorRegistry(auto_describe=False)  # else it would ask at once, from this very thread
         registry.register(ServerCollector(tally, figures_in_time))
@@ -68,11 +76,31 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
     # The library's choice in newer Pythons, and then two servers would share a port without noticing.
     allow_reuse_port = False
 
+    def __init__(self, *args: Any):
+        self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        super().__init__(*args)
+
     def server_bind(self) -> None:
         """Without asking a name server who we are, as the library does."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread for it
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Mostly somebody who went away before he was answered."""
@@ -104,14 +132,18 @@ def _listen(host: str, port: int) -> _HttpServer:
 
 
 def _patient(app: Callable[..., Any]) -> Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]:
-    """The application, with an answer where the server does not say in time how it is."""
+    """The application, with an answer where the server does not say in time how it is, or an error of ours is in it."""
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
             found: Iterable[bytes] = app(environ, start_response)
             return found
         except TimeoutError:
-            start_response("503 Service Unavailable", [("Content-Type", "text/plain; charset=utf-8")])
-            return [b"the server is too busy to say how it is; try again later\n"]
+            status, words = "503 Service Unavailable", "the server is too busy to say how it is; try again later"
+        except Exception:
+            logger.exception("could not tell the figures of this server")
+            status, words = "500 Internal Server Error", "the server cannot say how it is: its log says why"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{words}\n".encode()]
 
     return answer

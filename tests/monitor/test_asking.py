@@ -13,6 +13,7 @@ import pytest
 
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.errors import PeerUnreachable
+from swarm.monitor import asking
 from swarm.monitor.asking import Asker, AskLimits
 
 PATIENCE = 60.0  # seconds for what takes milliseconds on an idle machine
@@ -98,6 +99,25 @@ def test_servers_that_hang_do_not_hold_up_the_others() -> None:
             assert sum(servers.asked[peer_id] for peer_id in hanging) == len(hanging) + 1
             assert [peer_id for peer_id, time in asker.round_trips.items() if time != math.inf] == answering
         assert not +servers.out
+
+    run(test())
+
+
+def test_strangers_that_hang_do_not_hold_up_those_that_answered_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_MAX_RATE", 1e9)
+
+    async def test() -> None:
+        servers = Servers()
+        strangers = [f"Hang{n}" for n in range(300)]
+        servers.hanging.update(strangers)
+        asker = Asker(servers.ask, 0.01, servers.note, AskLimits(slots=1, timeout=0.02))
+        async with running(asker):
+            asker.take(["Good"])
+            await servers.until(lambda: "Good" in asker.infos)
+            asker.take(["Good", *strangers])
+            goal = servers.asked["Good"] + 3
+            await servers.until(lambda: servers.asked["Good"] >= goal)
+            assert sum(servers.asked[peer_id] for peer_id in strangers) < 100
 
     run(test())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from drawn_pictures import FINGERPRINT, draw_picture, make_picture, make_record
@@ -122,6 +123,17 @@ def test_addresses_only_if_asked_for() -> None:
     (model,) = summarize(picture, show_addresses=True).models
     addresses = {server.peer_id: server.addresses for server in model.servers}
     assert addresses == {"known": ("/ip4/192.0.2.7/tcp/31330",), "unknown": ()}
+
+
+def test_a_name_counts_before_the_start_of_a_fingerprint() -> None:
+    """Anybody may call his model anything, and make weights with a fingerprint that starts as he likes."""
+    named, printed = make_picture(4, [make_record("P", 0, 4)]), make_picture(4, [make_record("Q", 0, 4)])
+    printed = replace(printed, model=printed.model.model_copy(update={"name": "another"}))
+    named = replace(named, model=named.model.model_copy(update={"name": "abab", "fingerprint": "cd" * 32}))
+    picture = Picture((named, printed))
+    assert Picture((printed, named)).model("abab") is picture.model("abab") is named
+    assert picture.model("ababa") is printed and picture.model("cd") is named
+    assert picture.model("") is picture.model("b") is None
 
 
 def test_problems() -> None:

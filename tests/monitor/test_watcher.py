@@ -93,8 +93,8 @@ def model_of(picture: Picture) -> ModelPicture:
 
 @asynccontextmanager
 async def running(watcher: Watcher) -> AsyncIterator[None]:
-    """It runs meanwhile, and leaves nothing behind."""
-    before = asyncio.all_tasks()
+    """It runs meanwhile, and leaves nothing behind; a search of hivemind, if cancelled, takes its seconds to end."""
+    before = tasks_of_the_monitor()
     task = asyncio.create_task(watcher.run())
     try:
         yield
@@ -102,7 +102,12 @@ async def running(watcher: Watcher) -> AsyncIterator[None]:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert asyncio.all_tasks() == before
+    assert tasks_of_the_monitor() == before
+
+
+def tasks_of_the_monitor() -> set[asyncio.Task[Any]]:
+    coroutines = {task: cast(Coroutine[Any, Any, Any], task.get_coro()) for task in asyncio.all_tasks()}
+    return {task for task, it in coroutines.items() if "/monitor/" in it.cr_code.co_filename}  # type: ignore[attr-defined]
 
 
 async def until(watcher: Watcher, is_so: Callable[[Picture], object]) -> Picture:
@@ -250,6 +255,29 @@ def test_when_records_cannot_be_read_the_old_ones_stay_until_they_expire(caplog:
     run(test())
     warnings = [record.getMessage() for record in caplog.records if "192.0.2.7" in record.getMessage()]
     assert len(warnings) == 3  # once each time, not at each attempt
+
+
+def test_after_waiting_for_peers_that_do_not_answer_it_reads_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher_module, "_READING_SHARE", 0.5 / (2 * PATIENCE))
+
+    class Slow(FakeSight):
+        readings = 0
+
+        async def models(self) -> Mapping[str, ModelInfo]:
+            self.readings += 1
+            if self.readings == 1:
+                await asyncio.sleep(0.5)
+                raise NetworkError("no answer within 20 s")
+            return await super().models()
+
+    async def test() -> None:
+        sight = Slow()
+        sight.add("QmA", info())
+        watcher = watch(sight)
+        async with running(watcher):
+            await until(watcher, lambda picture: picture.models)
+
+    run(test())
 
 
 @pytest.mark.parametrize("update_period", [0.5, 3600.0])

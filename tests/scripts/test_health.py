@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from swarm.monitor.summary import problems, summarize
 from swarm.node import NodeConfig
 from swarm.node_thread import NodeThread
 from swarm.routing.snapshot import Snapshot
+from swarm.scripts import health_watch
 from swarm.scripts.health_table import print_tables
 from swarm.scripts.health_web import Listener
 from swarm.scripts.local_swarm import LOOPBACK, LocalSwarm
@@ -286,6 +289,27 @@ def test_watching_as_json_until_nobody_reads_it(tiny_swarm: LocalSwarm) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), output)
         assert process.wait(PATIENCE) == 0
         assert process.stderr is not None and process.stderr.read() == ""
+
+
+def test_somebody_who_reads_slowly_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = summarize(Picture()).model_copy(update={"problems": ("x" * 2**20,)})  # more than a pipe takes
+    reading, writing = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w"))
+    with open(reading) as lines:
+
+        async def test() -> None:
+            with health_watch.as_lines() as show:
+                showing = asyncio.ensure_future(show(report))
+                await asyncio.sleep(0.01)
+                assert not showing.done()
+                assert json.loads(await asyncio.to_thread(lines.readline))["problems"] == list(report.problems)
+                await showing
+
+        watchdog = threading.Timer(PATIENCE, lambda: os.close(reading))
+        watchdog.start()
+        asyncio.run(test())
+        watchdog.cancel()
+    sys.stdout.close()
 
 
 def test_where_the_web_monitor_listens() -> None:

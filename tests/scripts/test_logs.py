@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import logging
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import noisy_process
 import pytest
 
-from swarm.scripts.logs import JsonFormatter
+from swarm.scripts.logs import JsonFormatter, set_up_logging
 
 PATIENCE = 120.0  # seconds, for machines that are busy with other tests
 
@@ -69,3 +72,19 @@ def test_what_callers_add_is_kept(lines: tuple[bool, list[dict[str, Any]]]) -> N
 def test_levels_have_their_usual_names(level: int, name: str) -> None:
     record = logging.LogRecord("x", level, "", 0, "%s", ("text",), None)
     assert json.loads(JsonFormatter().format(record))["level"] == name
+
+
+def test_what_a_search_of_the_dht_leaves_behind_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    async def leave_behind(made: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        asyncio.create_task(made())  # noqa: RUF006
+        await asyncio.sleep(0)
+        gc.collect()
+
+    set_up_logging(False)
+    asyncio.run(leave_behind(lambda: asyncio.Event().wait()))
+    assert caplog.records == []
+    asyncio.run(leave_behind(wait))  # such a one is a mistake of ours
+    assert "Task was destroyed but it is pending" in caplog.text

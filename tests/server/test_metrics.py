@@ -8,6 +8,7 @@ import secrets
 import socket
 import urllib.error
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import prometheus_client
@@ -121,6 +122,13 @@ def test_what_it_is_at_this_moment() -> None:
         "numerics": "float32/cpu",
         "device": "cpu",
     }
+
+
+@pytest.mark.parametrize(("state", "tokens"), [("joining", 0), ("online", 4096), ("draining", 4096), ("paused", 0)])
+def test_a_server_without_blocks_has_no_cache(state: str, tokens: int) -> None:
+    values = metrics_in(text_of(Tally(), replace(FIGURES, state=state)))
+    assert (values["cache_tokens"], values["cache_left_tokens"]) == (tokens, tokens / 4)
+    assert ("first_block" in values, "last_block" in values) == (state != "paused",) * 2
 
 
 def test_no_peer_is_named_and_the_number_of_series_does_not_grow() -> None:
@@ -297,6 +305,52 @@ async def test_who_says_nothing_keeps_nobody_waiting(
         await asyncio.to_thread(metrics_at, endpoint.url)
         silent.settimeout(LIMIT)
         assert await asyncio.to_thread(silent.recv, 1) == b""  # turned away
+
+
+async def test_so_many_connections_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_endpoint, "_MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(metrics_endpoint._Handler, "timeout", 3600.0)
+    endpoint = MetricsEndpoint("127.0.0.1", 0, Tally(), lambda: FIGURES)
+    first, second, third = [socket.create_connection(("127.0.0.1", port_of(endpoint)), LIMIT) for _ in range(3)]
+    assert await asyncio.to_thread(third.recv, 1) == b""
+    second.send(b"GET /metrics HTTP/1.0\r\n\r\n")
+    assert (await asyncio.to_thread(second.recv, 100)).startswith(b"HTTP/1.0 200")
+    for connection in (first, second, third):
+        connection.close()
+    async with asyncio.timeout(LIMIT):
+        while True:  # their threads end, and give their places back
+            try:
+                await asyncio.to_thread(metrics_at, endpoint.url)
+                break
+            except OSError:
+                await asyncio.sleep(0.01)
+    await endpoint.close()
+
+
+async def test_an_error_of_ours_is_logged(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> ServerFigures:
+        raise ZeroDivisionError("a mistake")
+
+    endpoint = MetricsEndpoint("127.0.0.1", 0, Tally(), broken)
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        await asyncio.to_thread(metrics_at, endpoint.url)
+    await endpoint.close()
+    assert "a mistake" in caplog.text and "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_question_that_comes_after_the_end(capfd: pytest.CaptureFixture[str]) -> None:
+    async def connect() -> socket.socket:
+        endpoint = MetricsEndpoint("127.0.0.1", 0, Tally(), lambda: FIGURES)
+        connection = socket.create_connection(("127.0.0.1", port_of(endpoint)), LIMIT)
+        await asyncio.to_thread(metrics_at, endpoint.url)  # that came later, so the first one was accepted, too
+        await endpoint.close()
+        return connection
+
+    with asyncio.run(connect()) as connection:
+        connection.send(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.0 503")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 async def test_a_server_that_is_stuck_says_so(endpoint: MetricsEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
