@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarm.data_structures import BlockSpan
@@ -18,12 +19,26 @@ if TYPE_CHECKING:
 #: Cache that a server must have free to count: a short session's.
 SESSION_TOKENS = 128
 
-#: Blocks that all searches for the departures of one model's servers go through together, at most: a second or two
-#: with thousands of servers. Strangers may announce a model of any size. 125 servers of a model with 80 blocks.
+#: Blocks that all searches for one report go through together, at most: a second or two with thousands of servers.
+#: Strangers may announce many models of any size. 125 searches through a model with 80 blocks.
 MOST_SEARCHED = 10_000
 
 #: Of a step's time: by how much the best chain gets slower before another one is looked for.
 NOTICEABLE = 0.1
+
+
+@dataclass
+class SearchBudget:
+    """left: blocks that searches may still go through."""
+
+    left: int = MOST_SEARCHED
+
+    def take(self, num_blocks: int) -> bool:
+        """Whether there is as much left; then it is spent."""
+        if num_blocks > self.left:
+            return False
+        self.left -= num_blocks
+        return True
 
 
 def best_chain(model: ModelPicture) -> Chain | None:
@@ -50,7 +65,9 @@ def describe_chain(model: ModelPicture, chain: Chain, correction: float | None =
     return ChainReport(hops=tuple(hops), step_time=time, tokens_per_second=1 / time, correction=correction)
 
 
-def departures(model: ModelPicture, best: Chain | None, correction: float | None = None) -> Mapping[str, Departure]:
+def departures(
+    model: ModelPicture, best: Chain | None, correction: float | None = None, budget: SearchBudget | None = None
+) -> Mapping[str, Departure]:
     """What happens if each of the serving servers leaves, by peer id.
 
     best: the fastest chain now. correction: see `ChainReport`.
@@ -59,12 +76,12 @@ def departures(model: ModelPicture, best: Chain | None, correction: float | None
     else can know, so they are taken to spread evenly: with one holder left, all of them meet there.
 
     The best chain is searched anew if the server is part of it, or if its sessions would slow that by more than
-    `NOTICEABLE`. If these are more searches than allowed (see `MOST_SEARCHED`), the mapping lacks some servers.
+    `NOTICEABLE`. If these are more searches than `budget` has, the mapping lacks some servers.
     """
     now = None if best is None else chain_time(model.served, best)
     lonely = tuple(block for block, count in enumerate(model.replicas) if count == 1)
     used = {link.peer_id for link in best or ()}
-    searches_left = MOST_SEARCHED // model.model.num_blocks
+    budget = budget or SearchBudget()
     found = {}
     for server in sorted(model.serving, key=lambda server: server.peer_id not in used):
         lost = tuple(block for block in lonely if block in server.info.span)
@@ -72,9 +89,8 @@ def departures(model: ModelPicture, best: Chain | None, correction: float | None
         if best is not None and now is not None and not lost:
             time = now + _moved_time(model, best, server)
             if server.peer_id in used or time > (1 + NOTICEABLE) * now:
-                if searches_left == 0:
+                if not budget.take(model.model.num_blocks):
                     continue
-                searches_left -= 1
                 time = _time_without(model, server)
         corrected = None if time is None else time * (correction or 1.0)
         found[server.peer_id] = Departure(lost_blocks=lost, step_time=corrected)

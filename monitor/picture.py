@@ -88,8 +88,8 @@ class Picture:
     def model(self, name: str) -> ModelPicture | None:
         """The model of this fingerprint; else of this name; else one whose fingerprint starts so.
 
-        Strangers may call theirs as they like, and make weights with a fingerprint that starts as they like: of several,
-        the one counts that most servers serve.
+        Strangers may call theirs as they like, and make weights with a fingerprint that starts as they like: of
+        several, the one counts that most servers serve.
         """
 
         def fits(one: ModelPicture) -> tuple[bool, bool, bool, int]:

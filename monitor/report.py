@@ -75,7 +75,7 @@ class ServerReport(Frozen):
     shortest of them, see `summary.MOST_LINKS`.
     started_at, announced_at: of its process, and of what is said here. expires_at: of its record.
     addresses: only if the monitor was told to show them.
-    departure: only of one that serves; of a chain of hundreds only for the first of them, see `outlook.departures`.
+    departure: only of one that serves, and of so many as can be worked out in time, see `outlook.MOST_SEARCHED`.
     """
 
     peer_id: str
@@ -116,7 +116,8 @@ class ModelOverview(Frozen):
     """One model.
 
     replicas: for each block, how many serving servers hold it. missing_blocks: that none holds.
-    weakest_blocks: those with fewest replicas. best_chain: None if there is none.
+    weakest_blocks: those with fewest replicas. best_chain: None if there is none, or if so many models are announced
+    that chains are searched only for those that most servers serve.
     """
 
     name: str

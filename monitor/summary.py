@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from types import MappingProxyType
 
@@ -12,7 +12,7 @@ from swarm.dht import ServerRecord
 from swarm.routing.snapshot import format_blocks
 
 from .hiding import hide_addresses
-from .outlook import best_chain, departures, describe_chain
+from .outlook import SearchBudget, best_chain, departures, describe_chain
 from .picture import ModelPicture, Picture
 from .report import AdapterReport, Departure, ModelReport, ServerReport, SwarmReport
 
@@ -40,9 +40,7 @@ def summarize(
         revision=picture.revision,
         made_at=picture.made_at,
         read_at=picture.read_at,
-        models=tuple(
-            _describe_model(model, addresses, corrections.get(model.model.fingerprint)) for model in picture.models
-        ),
+        models=_describe_models(picture.models, addresses, corrections),
     )
 
 
@@ -63,11 +61,27 @@ def problems(picture: Picture, wanted: Iterable[str] = ()) -> list[str]:
     return found
 
 
+def _describe_models(
+    models: Sequence[ModelPicture], addresses: Mapping[str, tuple[str, ...]] | None, corrections: Mapping[str, float]
+) -> tuple[ModelReport, ...]:
+    """One for each, in their order."""
+    budget, reports = SearchBudget(), dict[int, ModelReport]()
+    for number in sorted(range(len(models)), key=lambda number: -len(models[number].serving)):
+        model = models[number]
+        reports[number] = _describe_model(model, addresses, corrections.get(model.model.fingerprint), budget)
+    return tuple(reports[number] for number in range(len(models)))
+
+
 def _describe_model(
-    model: ModelPicture, addresses: Mapping[str, tuple[str, ...]] | None, correction: float | None
+    model: ModelPicture,
+    addresses: Mapping[str, tuple[str, ...]] | None,
+    correction: float | None,
+    budget: SearchBudget,
 ) -> ModelReport:
-    best = best_chain(model)
-    leaving = departures(model, best, correction)
+    best, leaving = None, dict[str, Departure]()
+    if not model.complete or budget.take(model.model.num_blocks):
+        best = best_chain(model) if model.complete else None
+        leaving = dict(departures(model, best, correction, budget))
     return ModelReport(
         name=model.model.name,
         fingerprint=model.model.fingerprint,

@@ -11,7 +11,7 @@ from drawn_pictures import FINGERPRINT, draw_picture, make_picture, make_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.data_structures import AdapterInfo, ServerState
+from swarm.data_structures import MAX_BLOCKS, AdapterInfo, ServerState
 from swarm.monitor.picture import Picture
 from swarm.monitor.report import SwarmReport
 from swarm.monitor.summary import MOST_LINKS, problems, summarize
@@ -144,3 +144,14 @@ def test_problems() -> None:
     assert problems(Picture((whole,)), ["other"]) == ["no server of this swarm serves other"]
     assert problems(Picture()) == ["no server of this swarm serves any model"]
     assert not summarize(Picture((whole, half))).healthy
+
+
+def test_models_of_strangers_do_not_hold_up_the_others() -> None:
+    """What searches take is bounded for all models together; those with most servers come first."""
+    real = make_picture(4, [make_record("P", 0, 4), make_record("Q", 0, 4)])
+    huge = make_picture(MAX_BLOCKS, [make_record("R", 0, MAX_BLOCKS)])
+    *strangers, last = summarize(Picture((huge, huge, huge, real))).models
+    assert last.best_chain is not None and all(server.departure for server in last.servers)
+    assert [one.complete for one in strangers] == [True] * 3
+    assert [one.best_chain is not None for one in strangers] == [True, True, False]
+    assert strangers[-1].servers[0].departure is None
