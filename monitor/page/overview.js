@@ -45,7 +45,9 @@ function speed(model) {
   return figure(
     "Best chain from here",
     `${number(best.tokens_per_second)} tokens/s`,
-    `predicted; ${duration(best.step_time)} a token`,
+    best.correction === null
+      ? `${duration(best.step_time)} a token, predicted`
+      : `${duration(best.step_time)} a token, as test requests suggest`,
   );
 }
 
