@@ -22,8 +22,8 @@ class RepeatingLink(PushLink):
 
     _latest: ClassVar[WeakKeyDictionary[Any, tuple[StepRequest, bytes]]] = WeakKeyDictionary()
 
-    def __init__(self, p2p: Any, target: Any, on_failure: Callable[[int, str], None]):
-        super().__init__(p2p, target, on_failure)
+    def __init__(self, p2p: Any, target: Any, on_failure: Callable[[int, str], None], *more: Any):
+        super().__init__(p2p, target, on_failure, *more)
         self._session = on_failure.__self__  # type: ignore[attr-defined]
         self._old = self._latest.get(self._session)
         self._sent = 0
