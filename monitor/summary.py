@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from swarm.data_structures import DECODE_ROWS
 from swarm.dht import ServerRecord
+from swarm.routing.chain import Chain
 from swarm.routing.snapshot import format_blocks
 
 from .hiding import hide_addresses
@@ -78,10 +79,13 @@ def _describe_model(
     correction: float | None,
     budget: SearchBudget,
 ) -> ModelReport:
-    best, leaving = None, dict[str, Departure]()
-    if not model.complete or budget.take(model.model.num_blocks):
-        best = best_chain(model) if model.complete else None
-        leaving = dict(departures(model, best, correction, budget))
+    best: Chain | None = None
+    leaving: Mapping[str, Departure] = {}
+    if not model.complete:
+        leaving = departures(model, None)
+    elif budget.take(model.model.num_blocks):
+        best = best_chain(model)
+        leaving = departures(model, best, correction, budget)
     return ModelReport(
         name=model.model.name,
         fingerprint=model.model.fingerprint,

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from running import running
 
 from swarm.data_structures import BlockSpan, ServerInfo, ServerState
 from swarm.errors import PeerUnreachable
@@ -65,16 +66,11 @@ class Clock:
 
 
 @asynccontextmanager
-async def running(asker: Asker) -> AsyncIterator[None]:
+async def alone(asker: Asker) -> AsyncIterator[None]:
     """It runs meanwhile, and leaves nothing behind."""
     before = asyncio.all_tasks()
-    task = asyncio.create_task(asker.run())
-    try:
+    async with running(asker.run()):
         yield
-    finally:
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
     assert asyncio.all_tasks() == before
 
 
@@ -89,7 +85,7 @@ def test_servers_that_hang_do_not_hold_up_the_others() -> None:
         servers.hanging.update(hanging)
         limits = AskLimits(slots=2, timeout=0.02, silent_slots=1, silent_timeout=3600.0)
         asker = Asker(servers.ask, 0.01, servers.note, limits)
-        async with running(asker):
+        async with alone(asker):
             asker.take([*hanging, *answering])
             await servers.until(lambda: asker.round_trips.keys() == {*hanging, *answering})
             # from now on one of them keeps the only slot of its lane
@@ -111,7 +107,7 @@ def test_strangers_that_hang_do_not_hold_up_those_that_answered_before(monkeypat
         strangers = [f"Hang{n}" for n in range(300)]
         servers.hanging.update(strangers)
         asker = Asker(servers.ask, 0.01, servers.note, AskLimits(slots=1, timeout=0.02))
-        async with running(asker):
+        async with alone(asker):
             asker.take(["Good"])
             await servers.until(lambda: "Good" in asker.infos)
             asker.take(["Good", *strangers])
@@ -136,7 +132,7 @@ def test_who_does_not_answer_is_asked_soon_and_then_less_and_less_often() -> Non
             await servers.until(lambda: servers.asked["Good"] >= goal and not +servers.out)
             return servers.asked["Gone"]
 
-        async with running(asker):
+        async with alone(asker):
             assert await look_through(0.01) == 1
             for number, pause in enumerate([1, 2, 4, 8, 16, 32, 60, 60], start=1):
                 assert await look_through(pause - 0.25) == number
@@ -158,7 +154,7 @@ def test_those_that_left_are_forgotten_though_they_are_being_asked() -> None:
         servers = Servers()
         servers.hanging.add("Hang")
         asker = Asker(servers.ask, 3600.0, servers.note)
-        async with running(asker):
+        async with alone(asker):
             asker.take(["Hang", "Good"])
             await servers.until(lambda: servers.out["Hang"] == 1 and "Good" in asker.infos)
             assert asker.round_trips == {"Good": 0.02}
@@ -178,7 +174,7 @@ def test_the_more_servers_the_less_often_each_is_asked() -> None:
         servers, clock = Servers(), Clock()
         many = [f"Qm{number}" for number in range(500)]
         asker = Asker(servers.ask, 1.0, servers.note, clock=clock)
-        async with running(asker):
+        async with alone(asker):
             asker.take(many)
             await asyncio.wait_for(asker.all_asked(math.inf), PATIENCE)
             before = servers.asked.total()

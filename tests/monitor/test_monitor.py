@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from made_monitor import ALICE_ADDRESS, MadeMonitor, model_picture, record, usual_picture
+from running import running
 
 from swarm.errors import ModelNotServed, PeerUnreachable
 from swarm.monitor.monitor import PROBE_NEW_TOKENS, PROBES_A_ROUND, MonitorConfig
@@ -21,17 +20,6 @@ from swarm.monitor.report import SwarmReport, TraceRequest
 from swarm.monitor.summary import summarize
 
 LONG = 3600.0
-
-
-@contextlib.asynccontextmanager
-async def running(monitor: MadeMonitor) -> AsyncIterator[None]:
-    task = asyncio.create_task(monitor.run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
 
 
 async def asked(monitor: MadeMonitor, number: int) -> list[str]:
@@ -84,7 +72,7 @@ async def test_a_model_that_nobody_serves() -> None:
 
 async def test_complete_models_are_probed() -> None:
     monitor = MadeMonitor(config=MonitorConfig(probe_period=0.001))
-    async with running(monitor):
+    async with running(monitor.run()):
         assert set(await asked(monitor, 3)) == {"ab" * 32}  # the other one lacks blocks
     request = monitor.tracer.asked[0][1]
     assert request.peers is None and request.new_tokens == PROBE_NEW_TOKENS
@@ -97,7 +85,7 @@ async def test_complete_models_are_probed() -> None:
 
 async def test_probes_begin_once_a_model_is_complete() -> None:
     monitor = MadeMonitor(Picture(), MonitorConfig(probe_period=LONG))
-    async with running(monitor):
+    async with running(monitor.run()):
         await asyncio.sleep(0)
         assert monitor.tracer.asked == []
         await monitor.watcher.show(usual_picture())
@@ -108,7 +96,7 @@ async def test_probes_begin_once_a_model_is_complete() -> None:
 async def test_probes_that_fail_are_counted_and_go_on(error: Exception) -> None:
     monitor = MadeMonitor(config=MonitorConfig(probe_period=0.001))
     monitor.tracer.error = error
-    async with running(monitor):
+    async with running(monitor.run()):
         await asked(monitor, 3)
     found = monitor.latencies.models()["ab" * 32]
     assert found.failures >= 2 and sum(found.first_token.counts) == 0
@@ -116,7 +104,7 @@ async def test_probes_that_fail_are_counted_and_go_on(error: Exception) -> None:
 
 async def test_no_probes_without_a_period() -> None:
     monitor = MadeMonitor(config=MonitorConfig(probe_period=0))
-    async with running(monitor):
+    async with running(monitor.run()):
         for _ in range(10):
             await asyncio.sleep(0)
     assert monitor.tracer.asked == []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from running import running
 
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.dht import ServerRecord
@@ -92,16 +93,11 @@ def model_of(picture: Picture) -> ModelPicture:
 
 
 @asynccontextmanager
-async def running(watcher: Watcher) -> AsyncIterator[None]:
+async def alone(watcher: Watcher) -> AsyncIterator[None]:
     """It runs meanwhile, and leaves nothing behind; a search of hivemind, if cancelled, takes its seconds to end."""
     before = tasks_of_the_monitor()
-    task = asyncio.create_task(watcher.run())
-    try:
+    async with running(watcher.run()):
         yield
-    finally:
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
     assert tasks_of_the_monitor() == before
 
 
@@ -207,7 +203,7 @@ def test_the_picture_follows_the_swarm() -> None:
         sight = FakeSight()
         watcher = watch(sight)
         assert await watcher.changed(0, 0.0) == 0
-        async with running(watcher):
+        async with alone(watcher):
             first = await until(watcher, lambda picture: picture.revision)
             assert first.models == () and first.trouble is None
             sight.add("QmA", info())
@@ -233,7 +229,7 @@ def test_when_records_cannot_be_read_the_old_ones_stay_until_they_expire(caplog:
         sight.add("QmGone", info(), OTHER)
         del sight.answers["QmGone"]
         watcher = watch(sight)
-        async with running(watcher):
+        async with alone(watcher):
             await until(watcher, lambda picture: picture.revision)
             for what in ("models", OTHER.fingerprint):
                 sight.unreadable = (what,)
@@ -274,7 +270,7 @@ def test_after_waiting_for_peers_that_do_not_answer_it_reads_again_soon(monkeypa
         sight = Slow()
         sight.add("QmA", info())
         watcher = watch(sight)
-        async with running(watcher):
+        async with alone(watcher):
             await until(watcher, lambda picture: picture.models)
 
     run(test())
@@ -294,7 +290,7 @@ def test_figures_alone_make_a_new_picture_when_the_period_ends(update_period: fl
         def rows(picture: Picture) -> int:
             return model_of(picture).snapshot.servers[0].info.running_rows
 
-        async with running(watcher):
+        async with alone(watcher):
             first = await until(watcher, lambda picture: picture.revision)
             sight.frozen = True  # it is told nothing from here on but by us
             hear(info(at=101, running_rows=3))
@@ -337,7 +333,7 @@ def test_servers_that_hang_and_die(two_servers: LocalSwarm) -> None:
         def answers(picture: Picture, server: Any) -> bool | None:
             return model_of(picture).answers(server.peer_id)
 
-        async with running(watcher):
+        async with alone(watcher):
             picture = await until(watcher, lambda picture: picture.models and min(model_of(picture).replicas) == 2)
             assert picture.addresses.keys() == {first.peer_id, second.peer_id}
             assert all(one.startswith("/ip4/127.0.0.1/tcp/") for one in picture.addresses[first.peer_id])
