@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
+
+from swarm.histogram import Histogram
 
 from .report import TraceReport
 
@@ -16,33 +17,12 @@ TOKEN_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 MAX_MODELS = 256
 
 
-class Distribution:
-    """How many of some durations lie up to each bound.
-
-    counts: of those in (bound before, bound], and in the end of the longer ones. total: their sum, seconds.
-    """
-
-    def __init__(self, bounds: tuple[float, ...]):
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(self.bounds, seconds)] += 1
-        self.total += seconds
-
-    def merge(self, other: Distribution) -> None:
-        """Add what another one of the same bounds holds."""
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
-        self.total += other.total
-
-
 @dataclass
 class ModelLatencies:
     """failures: of probes."""
 
-    first_token: Distribution = field(default_factory=lambda: Distribution(FIRST_TOKEN_BOUNDS))
-    token: Distribution = field(default_factory=lambda: Distribution(TOKEN_BOUNDS))
+    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_BOUNDS))
+    token: Histogram = field(default_factory=lambda: Histogram(TOKEN_BOUNDS))
     failures: int = 0
 
     def merge(self, other: ModelLatencies) -> None:
@@ -60,9 +40,9 @@ class Latencies:
 
     def observe(self, report: TraceReport) -> None:
         found = self._of(report.fingerprint)
-        found.first_token.add(report.time_to_first_token)
+        found.first_token.observe(report.time_to_first_token)
         for seconds in report.step_times:
-            found.token.add(seconds)
+            found.token.observe(seconds)
 
     def failed(self, fingerprint: str) -> None:
         """Note a probe that came to nothing."""

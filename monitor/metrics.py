@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -13,7 +12,7 @@ from prometheus_client.registry import Collector
 import swarm
 from swarm.data_structures import ServerState
 
-from .latencies import Distribution, Latencies, ModelLatencies
+from .latencies import Latencies, ModelLatencies
 from .model_labels import OTHER, ModelLabels
 from .report import ModelReport, ServerReport, SwarmReport
 
@@ -112,19 +111,14 @@ def _about_requests(latencies: dict[str, ModelLatencies]) -> Iterator[Metric]:
     )
     failures = CounterMetricFamily("swarm_probe_failures", "Probes that came to nothing.", labels=["model"])
     for label, found in latencies.items():
-        first.add_metric([label], _buckets(found.first_token), found.first_token.total)
-        token.add_metric([label], _buckets(found.token), found.token.total)
+        first.add_metric([label], found.first_token.buckets(), found.first_token.total)
+        token.add_metric([label], found.token.buckets(), found.token.total)
         failures.add_metric([label], found.failures)
     yield from (first, token, failures)
 
 
 def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, text, labels=["model", *labels])
-
-
-def _buckets(found: Distribution) -> list[tuple[str, float]]:
-    bounds = [*map(str, found.bounds), "+Inf"]
-    return list(zip(bounds, map(float, accumulate(found.counts)), strict=True))
 
 
 def _state_of(server: ServerReport) -> str:

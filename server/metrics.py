@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import (
@@ -15,11 +14,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from swarm.data_structures import ModelInfo, ServerInfo
 
-from .tally import Histogram, Tally
+from .tally import Tally
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +176,7 @@ def _histograms(tally: Tally) -> Iterator[Metric]:
         ("compute_seconds", "How long the batches took that a step was in.", tally.compute_time),
     )
     for name, meaning, histogram in histograms:
-        yield HistogramMetricFamily(f"swarm_server_{name}", meaning, _buckets(histogram), histogram.total)
+        yield HistogramMetricFamily(f"swarm_server_{name}", meaning, histogram.buckets(), histogram.total)
 
 
 def _counter(name: str, meaning: str, value: float) -> Metric:
@@ -190,9 +188,3 @@ def _counters_by(name: str, meaning: str, label: str, values: dict[str, float]) 
     for key, value in values.items():
         family.add_metric([key], value)
     return family
-
-
-def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """As Prometheus wants them: each counts those below it, too."""
-    names = [*map(floatToGoString, histogram.bounds), "+Inf"]
-    return list(zip(names, accumulate(histogram.counts), strict=True))

@@ -6,29 +6,14 @@ thread is the only writer, the engine's or the event loop's, so there are no loc
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
-
 from swarm.errors import WIRE_ERRORS, SwarmError, to_wire
+from swarm.histogram import Histogram
 from swarm.rpc import Traffic
 
 #: Seconds. Steps of a tiny model on a GPU take one millisecond, a long prompt on a CPU a minute.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
 #: Rows.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-
-
-class Histogram:
-    """How often which sizes came. bounds: the largest of each bucket, in rising order; one more takes the rest."""
-
-    def __init__(self, bounds: Sequence[float]):
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
 
 
 class Tally:

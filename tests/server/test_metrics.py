@@ -22,11 +22,12 @@ from scraped import metrics_at, metrics_in
 
 from swarm.data_structures import BlockSpan, ModelInfo, ServerInfo, ServerState
 from swarm.errors import CacheFull, ModelNotServed, PortInUse, ProtocolError, UsageError
+from swarm.histogram import Histogram
 from swarm.protocol import NextServer, RowSlice
 from swarm.server import metrics_endpoint
 from swarm.server.metrics import STATES, ServerCollector, ServerFigures
 from swarm.server.metrics_endpoint import MetricsEndpoint
-from swarm.server.tally import SECONDS, Histogram, Tally
+from swarm.server.tally import SECONDS, Tally
 
 World = Any  # see conftest.py
 
